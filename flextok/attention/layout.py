@@ -1,0 +1,141 @@
+"""How the tokens of a batch lie in one packed row, and who may attend to whom.
+
+A layout is a value: lengths, a mask mode and how many trailing tokens of each sample are kept. The mask follows from it
+in whatever form a backend wants, so nothing of size tokens x tokens is built unless somebody asks for it.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any, Literal, NamedTuple, TypeVar, get_args
+
+import torch
+from torch import Tensor
+from torch.nn.attention.flex_attention import BlockMask, create_block_mask
+
+from flextok.attention.masks.packed import MaskMod, packed_mask
+
+MaskMode = Literal["full", "causal", "causal_last"]
+T = TypeVar("T")
+
+
+class TokenTable(NamedTuple):
+    """Per token of the packed row, each `[total]`: the facts every mask is computed from."""
+
+    sample: Tensor
+    """int32: index of the sample; -1 for tokens nobody attends to and that attend to nobody (padding, dropped)."""
+    position: Tensor
+    """int32: position within the sample."""
+    before_last: Tensor
+    """bool: the token lies before its sample's last sub-sequence."""
+
+
+@dataclass(frozen=True)
+class SequenceLayout:
+    """Samples one after another, each the concatenation of its sub-sequences, zero padding at the end.
+
+    Token q attends to token k iff both belong to one sample, neither is padding or dropped, and the mode allows it:
+    `full` everything; `causal` k <= q; `causal_last` k <= q or k lies before the last sub-sequence. Dropped are the
+    tokens of the last sub-sequence at index >= `keep_last` of their sample.
+    """
+
+    lengths: tuple[tuple[int, ...], ...]
+    """Per sample, the length of each sub-sequence."""
+    mode: MaskMode = "full"
+    keep_last: tuple[int, ...] | None = None
+    """Per sample, how many tokens of the last sub-sequence are kept; None keeps all."""
+    total: int | None = None
+    """Length of the packed row with padding; None means no padding."""
+    _derived: dict[tuple[str, torch.device], Any] = field(default_factory=dict, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        if self.mode not in get_args(MaskMode):
+            raise ValueError(f"mask_mode={self.mode!r} is unknown; valid: {', '.join(get_args(MaskMode))}")
+        if self.keep_last is not None and len(self.keep_last) != len(self.lengths):
+            raise ValueError(f"keep_k has {len(self.keep_last)} entries for a batch of {len(self.lengths)}")
+        if self.total is not None and self.total < self.num_tokens:
+            raise ValueError(f"{self.num_tokens} tokens do not fit in a packed row of {self.total}")
+
+    @cached_property
+    def sample_lengths(self) -> tuple[int, ...]:
+        return tuple(sum(lengths) for lengths in self.lengths)
+
+    @cached_property
+    def num_tokens(self) -> int:
+        """Tokens without padding."""
+        return sum(self.sample_lengths)
+
+    @property
+    def row_length(self) -> int:
+        """Tokens with padding."""
+        return self.num_tokens if self.total is None else self.total
+
+    @cached_property
+    def is_uniform(self) -> bool:
+        """True if all samples have the same sub-sequence lengths."""
+        return all(lengths == self.lengths[0] for lengths in self.lengths)
+
+    @cached_property
+    def drops_tokens(self) -> bool:
+        """True if nested dropout hides at least one token."""
+        if self.keep_last is None:
+            return False
+        return any(keep < lengths[-1] for keep, lengths in zip(self.keep_last, self.lengths, strict=True))
+
+    def derive(self, name: str, device: torch.device, build: Callable[[torch.device], T]) -> T:
+        """What `build(device)` returns, built once per layout: all layers of a forward pass share it."""
+        if (name, device) not in self._derived:
+            self._derived[name, device] = build(device)
+        return self._derived[name, device]
+
+    def table(self, device: torch.device) -> TokenTable:
+        """The token table on `device`."""
+        return self.derive("table", device, self._build_table)
+
+    def _build_table(self, device: torch.device) -> TokenTable:
+        lengths = torch.tensor(self.sample_lengths)
+        last = torch.tensor([lengths[-1] for lengths in self.lengths])
+        starts = lengths.cumsum(0) - lengths
+        sample = torch.repeat_interleave(torch.arange(len(lengths)), lengths)
+        position = torch.arange(self.num_tokens) - starts[sample]
+        before_last = position < (lengths - last)[sample]
+        if self.keep_last is not None:
+            visible = (lengths - last + torch.tensor(self.keep_last))[sample]
+            sample = torch.where(position < visible, sample, -1)
+        padding = self.row_length - self.num_tokens
+        return TokenTable(
+            torch.nn.functional.pad(sample, (0, padding), value=-1).to(device, torch.int32),
+            torch.nn.functional.pad(position, (0, padding)).to(device, torch.int32),
+            torch.nn.functional.pad(before_last, (0, padding)).to(device),
+        )
+
+    def mask_mod(self, device: torch.device) -> MaskMod:
+        """The mask as a FlexAttention `mask_mod` over positions of the packed row."""
+        return packed_mask(*self.table(device), mode=self.mode)
+
+    def block_mask(self, device: torch.device) -> BlockMask:
+        """The mask as a FlexAttention `BlockMask` `[1, 1, total, total]`."""
+        length = self.row_length
+        return self.derive(
+            "block_mask",
+            device,
+            lambda _: create_block_mask(self.mask_mod(device), None, None, length, length, device=str(device)),
+        )
+
+    def dense_mask(self, device: torch.device | str = "cpu") -> Tensor:
+        """The mask as a bool matrix `[total, total]`, True where a query (row) attends to a key (column)."""
+        index = torch.arange(self.row_length, device=device)
+        zero = torch.zeros((), dtype=torch.long, device=device)
+        return self.mask_mod(torch.device(device))(zero, zero, index[:, None], index[None, :])
+
+
+def layout_of(
+    lengths: Sequence[Sequence[int]],
+    *,
+    mode: MaskMode = "full",
+    keep_last: Sequence[int] | None = None,
+    total: int | None = None,
+) -> SequenceLayout:
+    """A `SequenceLayout` from any sequences of ints."""
+    keep = None if keep_last is None else tuple(int(keep) for keep in keep_last)
+    return SequenceLayout(tuple(tuple(row) for row in lengths), mode, keep, total)

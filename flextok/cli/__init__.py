@@ -1,0 +1,54 @@
+"""Commands: `python -m flextok <command>`, also installed as `flextok`.
+
+A command is a module of this package with `add_arguments(parser)` and `run(args) -> int`, and a line in
+`COMMANDS`. Only the module of the command that was asked for is imported, so that `--help` does not wait for
+torch.
+"""
+
+import argparse
+import logging
+import sys
+from collections.abc import Sequence
+from importlib import import_module
+
+from flextok import __version__
+
+# Command -> what `--help` says about it. The module is the name with underscores: `show-mask` lives in
+# `show_mask.py`.
+COMMANDS = {
+    "describe": "print every module of a model: keys it reads and writes, parameters, shapes",
+    "export": "write a trained model as model.safetensors and config.json",
+}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command and return its exit status: 0 if all went well, 1 for an error that the user can
+    mend."""
+    argv = sys.argv[1:] if argv is None else list(argv)
+    args = _build_parser(chosen=next((word for word in argv if word in COMMANDS), None)).parse_args(argv)
+    logging.basicConfig(level=logging.INFO, format="%(levelname)s: %(message)s")
+    try:
+        status: int = args.run(args)
+    except (ValueError, OSError) as error:
+        if args.traceback:
+            raise
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    return status
+
+
+def _build_parser(chosen: str | None) -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="flextok", description="Flexible-length 1D image tokenizers.")
+    parser.add_argument("--version", action="version", version=f"flextok {__version__}")
+    parser.add_argument("--traceback", action="store_true", help="show where in the code an error came from")
+    commands = parser.add_subparsers(title="commands", metavar="<command>", required=True)
+    for name, summary in COMMANDS.items():
+        command = commands.add_parser(
+            name, help=summary, formatter_class=argparse.RawDescriptionHelpFormatter, description=summary
+        )
+        if name == chosen:
+            module = import_module(f"flextok.cli.{name.replace('-', '_')}")
+            command.description = module.__doc__
+            module.add_arguments(command)
+            command.set_defaults(run=module.run)
+    return parser

@@ -1,0 +1,89 @@
+"""Reading a configuration: its resolvers, composing it in Python, and how a mistake in it is reported."""
+
+import os
+import sys
+from collections.abc import Callable, Sequence
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any
+
+import hydra
+from hydra.errors import HydraException
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from flextok.config_checks import check_config
+
+__all__ = ["CONFIG_FOLDER", "check_config", "compose", "register_resolvers", "run_command"]
+
+CONFIG_FOLDER = Path(__file__).resolve().parent.parent / "configs"
+
+
+def register_resolvers() -> None:
+    """Teach OmegaConf the small arithmetic our configs use: `${mul:a,b,...}`, `${floordiv:a,b}`, `${len:list}`."""
+    OmegaConf.register_new_resolver("mul", _mul, replace=True)
+    OmegaConf.register_new_resolver("floordiv", _floordiv, replace=True)
+    OmegaConf.register_new_resolver("len", len, replace=True)
+
+
+def compose(overrides: Sequence[str] = (), config_name: str = "train") -> DictConfig:
+    """Compose `configs/<config_name>.yaml` as the command line would, for notebooks and tests.
+
+    There is no Hydra run folder then: override `paths.run` before anything is written or resolved.
+    """
+    register_resolvers()
+    with hydra.initialize_config_dir(str(CONFIG_FOLDER), version_base="1.3"):
+        return hydra.compose(config_name, overrides=list(overrides))
+
+
+def run_command(main: Callable[[], Any]) -> None:
+    """Run a `hydra.main` function; what the user got wrong becomes one readable last line and exit code 2.
+
+    `HYDRA_FULL_ERROR=1` brings the traceback back.
+    """
+    wants_traceback = os.environ.get("HYDRA_FULL_ERROR") == "1"
+    # Without this Hydra prints the exception itself, cause last, and we never see it.
+    os.environ["HYDRA_FULL_ERROR"] = "1"
+    try:
+        main()
+    except (ValueError, HydraException, OmegaConfBaseException) as error:
+        if wants_traceback:
+            raise
+        sys.stderr.write(f"error: {describe_error(error)}\n")
+        sys.exit(2)
+
+
+def describe_error(error: BaseException) -> str:
+    """Return the messages of an error and its causes on one line, with a suggestion for a misspelt key."""
+    messages: list[str] = []
+    cause: BaseException | None = error
+    while cause is not None:
+        text = " ".join(str(cause).split())
+        if text and not any(text in message for message in messages):
+            messages.append(text)
+        if isinstance(cause, OmegaConfBaseException):
+            messages.extend(_suggestion(cause))
+        cause = cause.__cause__
+    return " | ".join(messages) or type(error).__name__
+
+
+def _suggestion(error: OmegaConfBaseException) -> list[str]:
+    parent = error.parent_node
+    if not isinstance(parent, DictConfig) or error.key is None or parent._is_none() or parent._is_missing():
+        return []
+    known = sorted(str(key) for key in parent)
+    close = get_close_matches(str(error.key), known, n=1)
+    return [f"did you mean {close[0]!r}?"] if close else [f"known here: {', '.join(known)}"]
+
+
+def _mul(*factors: int) -> int:
+    product = 1
+    for factor in factors:
+        product *= factor
+    return product
+
+
+def _floordiv(numerator: int, denominator: int) -> int:
+    if denominator == 0 or numerator % denominator:
+        raise ValueError(f"${{floordiv:{numerator},{denominator}}}: {numerator} is not a multiple of {denominator}")
+    return numerator // denominator

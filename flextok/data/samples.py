@@ -1,0 +1,55 @@
+"""What a dataset gives for one image, and what a loader gives for a batch of them."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from typing import TypeAlias, TypedDict
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+from torch.utils.data import Dataset
+
+Index: TypeAlias = int | tuple[int, int]
+
+
+class Sample(TypedDict):
+    """One image in [-1, 1] and an id that depends on neither order, batch size nor machine."""
+
+    image: Float[Tensor, "3 height width"]
+    key: str
+
+
+class Batch(TypedDict):
+    """Images in [-1, 1], and one key each."""
+
+    image: Float[Tensor, "batch 3 height width"]
+    key: list[str]
+
+
+class ImageDataset(Dataset[Sample | None], ABC):
+    """A map-style dataset. `None` stands for an image that cannot be read; train sets never give it.
+
+    An index is a plain number or `(epoch, number)`; random augmentation is derived from both.
+    """
+
+    @abstractmethod
+    def __len__(self) -> int: ...
+
+    @abstractmethod
+    def __getitem__(self, index: Index) -> Sample | None: ...
+
+
+def collate(samples: Sequence[Sample | None]) -> Batch | None:
+    """Stack samples, leaving out those that could not be read; `None` if none is left."""
+    readable = [sample for sample in samples if sample is not None]
+    if not readable:
+        return None
+    return {
+        "image": torch.stack([sample["image"] for sample in readable]),
+        "key": [sample["key"] for sample in readable],
+    }
+
+
+def epoch_and_number(index: Index) -> tuple[int, int]:
+    """Split an index; a plain number belongs to epoch 0."""
+    return index if isinstance(index, tuple) else (0, index)

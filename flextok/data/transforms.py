@@ -1,0 +1,76 @@
+"""From files to images to tensors and back, with Pillow alone."""
+
+import struct
+import zlib
+from pathlib import Path
+
+import numpy as np
+import torch
+from jaxtyping import Float, UInt8
+from PIL import ExifTags, Image, ImageOps
+from torch import Tensor
+
+# What Pillow raises for files that are empty, cut off, damaged, too large to be true, or not images. Damage
+# in the middle of a file surfaces as whatever the parser tripped over, hence the length.
+DECODE_ERRORS = (
+    OSError,
+    SyntaxError,
+    ValueError,
+    TypeError,
+    LookupError,
+    OverflowError,
+    EOFError,
+    struct.error,
+    zlib.error,
+    Image.DecompressionBombError,
+    Image.DecompressionBombWarning,
+)
+_FORMATS = ("JPEG", "PNG", "WEBP")
+
+
+def decode(path: Path) -> Image.Image:
+    """Read a JPEG, PNG or WebP as RGB, upright as its EXIF orientation says; the first frame of an animation.
+
+    Raises:
+        One of `DECODE_ERRORS`: The file is not a complete image of one of these formats.
+    """
+    with path.open("rb") as stream:
+        image: Image.Image = Image.open(stream, formats=_FORMATS)
+        image.load()
+    # Only where needed: exif_transpose copies the image even if it is upright already.
+    if image.getexif().get(ExifTags.Base.Orientation, 1) != 1:
+        image = ImageOps.exif_transpose(image)
+    return to_rgb(image)
+
+
+def to_rgb(image: Image.Image) -> Image.Image:
+    """Convert any mode to 8-bit RGB: transparent pixels show white, 16-bit grey is scaled."""
+    if image.mode == "RGB" and not image.has_transparency_data:
+        return image
+    if image.mode.startswith("I"):
+        # convert() would clip at 255 instead of scaling.
+        grey = np.asarray(image).astype(np.float64).clip(0, 65535)
+        return Image.fromarray((grey / 257).round().astype(np.uint8)).convert("RGB")
+    if image.has_transparency_data:
+        rgba = image.convert("RGBA")
+        white = Image.new("RGBA", rgba.size, "white")
+        return Image.alpha_composite(white, rgba).convert("RGB")
+    return image.convert("RGB")
+
+
+def resize_shorter_center_crop(image: Image.Image, size: int) -> Image.Image:
+    """The central square, resized to `size` pixels with an antialiased bicubic filter, in one step."""
+    side = min(image.size)
+    left, top = (image.width - side) / 2, (image.height - side) / 2
+    return image.resize((size, size), Image.Resampling.BICUBIC, box=(left, top, left + side, top + side))
+
+
+def to_tensor(image: Image.Image) -> Float[Tensor, "3 height width"]:
+    """An RGB image as float32 in [-1, 1]."""
+    pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1)
+    return pixels.to(torch.float32, memory_format=torch.contiguous_format).div_(127.5).sub_(1.0)
+
+
+def to_uint8(images: Float[Tensor, "*batch 3 height width"]) -> UInt8[Tensor, "*batch 3 height width"]:
+    """Images in [-1, 1] as bytes, rounded and clipped: exactly undoes `to_tensor`."""
+    return images.float().add(1.0).mul(127.5).round().clamp(0, 255).to(torch.uint8)

@@ -1,0 +1,87 @@
+"""Say how numbers came about: everything needed to get them again, in plain types for JSON."""
+
+import hashlib
+import platform
+from collections.abc import Mapping
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from flextok.evaluation.reconstruction import PSNR_CAP, ssim_sigma, ssim_window
+from flextok.evaluation.settings import EvaluationSettings
+from flextok.evaluation.sweep import SweepResult
+from flextok.training.run_folder import git_revision
+
+PACKAGES = ("flextok", "torch", "numpy", "pillow", "torchmetrics", "lightning", "diffusers", "safetensors")
+
+
+def build_protocol(
+    *,
+    sweep: SweepResult,
+    settings: EvaluationSettings,
+    data: Mapping[str, Any],
+    checkpoint: Path,
+    weights_file: Path,
+    weights: str,
+    device: torch.device,
+    dtype: torch.dtype,
+) -> dict[str, Any]:
+    """The `protocol` of `metrics.json`."""
+    return {
+        "split": settings.split,
+        "num_images": sweep.num_images,
+        "num_images_requested": settings.num_images,
+        "image_sizes": sweep.image_sizes,
+        "data": dict(data),
+        "keep_ks": [result["keep_k"] for result in sweep.results],
+        "steps": settings.steps,
+        "guidance_scale": settings.guidance_scale,
+        "perform_norm_guidance": settings.perform_norm_guidance,
+        "weights": weights,
+        "seed": settings.seed,
+        "batch_size": settings.batch_size,
+        "checkpoint": str(checkpoint),
+        "weights_file": weights_file.name,
+        "weights_sha256": sha256(weights_file),
+        "git_revision": git_revision(Path(__file__).parent),
+        "versions": package_versions(),
+        "device": device_name(device),
+        "dtype": str(dtype).removeprefix("torch."),
+        "metrics": metric_definitions(sweep.image_sizes),
+    }
+
+
+def metric_definitions(image_sizes: list[list[int]]) -> dict[str, Any]:
+    """What the metrics of images of these sizes mean."""
+    windows = sorted({ssim_window(height, width) for height, width in image_sizes})
+    return {
+        "data_range": "[-1, 1] mapped to [0, 1] and clamped, not rounded to 8 bits",
+        "precision": "float64 per image, then the mean over images; _se is the standard error of that mean",
+        "psnr_cap_db": PSNR_CAP,
+        "ssim_windows": windows,
+        "ssim_borders": "reflected",
+        "ssim_sigmas": [ssim_sigma(window) for window in windows],
+        "seconds_per_image": "decoding with the VAE; without the first batch where there are several",
+    }
+
+
+def sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def package_versions() -> dict[str, str | None]:
+    """Versions of Python and of the packages that can change a number; None for what is not installed."""
+    versions: dict[str, str | None] = {"python": platform.python_version()}
+    for name in PACKAGES:
+        try:
+            versions[name] = version(name)
+        except PackageNotFoundError:
+            versions[name] = None
+    return versions
+
+
+def device_name(device: torch.device) -> str:
+    return f"cuda ({torch.cuda.get_device_name(device)})" if device.type == "cuda" else device.type

@@ -1,0 +1,86 @@
+"""Evaluate one model on one split, from the config to the report."""
+
+import logging
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from hydra.utils import instantiate
+from omegaconf import DictConfig, OmegaConf
+
+from flextok.evaluation.protocol import build_protocol
+from flextok.evaluation.report import write_report
+from flextok.evaluation.settings import EvaluationSettings, resolve_keep_ks
+from flextok.evaluation.source import ModelSource, find_source
+from flextok.evaluation.sweep import run_sweep
+
+logger = logging.getLogger(__name__)
+
+
+def run(config: DictConfig) -> tuple[dict[str, Any], Path]:
+    """Evaluate as `configs/eval.yaml` says; returns the content of `metrics.json` and the folder it is in."""
+    settings = EvaluationSettings.from_mapping(_plain(config.evaluation))
+    device = pick_device(settings.device)
+    if OmegaConf.is_missing(config, "checkpoint") or not isinstance(config.checkpoint, str):
+        raise ValueError("checkpoint: missing; give checkpoint=<run folder, .ckpt, .safetensors or latest>")
+    source = find_source(config.checkpoint, runs=Path(config.paths.runs))
+    data = data_config(_plain(config.get("data")), source, batch_size=settings.batch_size)
+    folder = Path(config.output_dir) if config.output_dir else source.default_output_dir
+    logger.info("evaluating %s on split %s", source.path, settings.split)
+
+    model, weights = source.load(weights=settings.weights)
+    resolve_keep_ks(settings.keep_ks, model.num_registers)
+    sweep = run_sweep(model, open_split(data, settings.split), settings, device=device)
+    protocol = build_protocol(
+        sweep=sweep,
+        settings=settings,
+        data=data,
+        checkpoint=source.path,
+        weights_file=source.weights_file,
+        weights=weights,
+        device=device,
+        dtype=next(model.parameters()).dtype,
+    )
+    return write_report(sweep, protocol, folder), folder
+
+
+def data_config(override: Mapping[str, Any] | None, source: ModelSource, *, batch_size: int) -> dict[str, Any]:
+    """The data module to build: the chosen `data` group, else that of the run, changed by `+data.<name>=`."""
+    data = dict(override or {})
+    if "_target_" not in data:
+        run_data = source.run_data()
+        if run_data is None:
+            raise ValueError(
+                f"data=null: {source.path} belongs to no run, so its images are unknown; "
+                "choose a data group, such as data=digits"
+            )
+        data = {**run_data, **data}
+    return {**data, "eval_batch_size": batch_size}
+
+
+def open_split(data: Mapping[str, Any], split: str) -> Iterable[Mapping[str, Any]]:
+    """Batches of a split, built from the config of a data module."""
+    datamodule = instantiate(data, _convert_="all")
+    if split == "val":
+        datamodule.setup("validate")
+        return datamodule.val_dataloader()
+    datamodule.setup("test")
+    return datamodule.test_dataloader()
+
+
+def pick_device(name: str) -> torch.device:
+    """`auto` is the first accelerator, else the CPU; anything else is a torch device name."""
+    if name == "auto":
+        accelerator = torch.accelerator.current_accelerator(check_available=True)
+        return accelerator or torch.device("cpu")
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"evaluation.device={name!r}: not usable here; valid are auto, cpu, cuda, ...") from error
+    return device
+
+
+def _plain(node: Any) -> Any:
+    return None if node is None else OmegaConf.to_container(node, resolve=True, throw_on_missing=True)

@@ -1,0 +1,90 @@
+"""What an evaluation is asked to do, checked before anything is loaded. Defaults: `configs/evaluation/`."""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields
+from typing import Any, Literal
+
+SPLITS = ("test", "val")
+WEIGHTS = ("ema", "raw")
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluationSettings:
+    """The options of the `evaluation` config group; `configs/evaluation/default.yaml` says what they mean."""
+
+    num_images: int | None
+    split: Literal["test", "val"]
+    keep_ks: tuple[int, ...] | None
+    steps: int
+    guidance_scale: float
+    perform_norm_guidance: bool
+    weights: Literal["ema", "raw"]
+    batch_size: int
+    seed: int
+    grid_images: int
+    device: str
+
+    @classmethod
+    def from_mapping(cls, values: Mapping[str, Any]) -> "EvaluationSettings":
+        """Build from the `evaluation` node of a config; unknown and missing names are errors."""
+        names = [field.name for field in fields(cls)]
+        unknown = sorted(str(name) for name in values if name not in names)
+        if unknown:
+            raise ValueError(f"evaluation.{unknown[0]}: unknown option; valid are {', '.join(names)}")
+        missing = [name for name in names if name not in values]
+        if missing:
+            raise ValueError(f"evaluation.{missing[0]}: missing; needed are {', '.join(names)}")
+        _check_options(values)
+        keep_ks = values["keep_ks"]
+        if keep_ks is not None:
+            # A single number is what `evaluation.keep_ks=4` on a command line gives.
+            keep_ks = tuple(keep_ks) if isinstance(keep_ks, Sequence) else (keep_ks,)
+        return cls(**{**values, "keep_ks": keep_ks, "guidance_scale": float(values["guidance_scale"])})
+
+
+def resolve_keep_ks(keep_ks: Sequence[Any] | None, num_registers: int) -> list[int]:
+    """The token counts to evaluate, ascending and without repeats.
+
+    None means the powers of two below `num_registers`, and `num_registers` itself.
+    """
+    if keep_ks is None:
+        powers = [2**exponent for exponent in range(num_registers.bit_length())]
+        return sorted({power for power in powers if power < num_registers} | {num_registers})
+    if len(keep_ks) == 0:
+        raise ValueError(f"evaluation.keep_ks=[]: valid is null or numbers from 1 to {num_registers}")
+    for keep_k in keep_ks:
+        if isinstance(keep_k, bool) or not isinstance(keep_k, int) or not 1 <= keep_k <= num_registers:
+            raise ValueError(
+                f"evaluation.keep_ks={list(keep_ks)!r}: {keep_k!r} is none of the whole numbers from 1 to "
+                f"{num_registers}, the number of registers of this model"
+            )
+    return sorted(set(keep_ks))
+
+
+def _check_options(values: Mapping[str, Any]) -> None:
+    if values["num_images"] is not None:
+        _require_int("num_images", values["num_images"], minimum=1)
+    for name, minimum in (("steps", 1), ("batch_size", 1), ("grid_images", 1), ("seed", 0)):
+        _require_int(name, values[name], minimum=minimum)
+    _require_choice("split", values["split"], SPLITS)
+    _require_choice("weights", values["weights"], WEIGHTS)
+    scale = values["guidance_scale"]
+    if isinstance(scale, bool) or not isinstance(scale, int | float) or not math.isfinite(scale):
+        raise ValueError(f"evaluation.guidance_scale={scale!r}: valid is a finite number, 1.0 is off")
+    if not isinstance(values["perform_norm_guidance"], bool):
+        raise ValueError(
+            f"evaluation.perform_norm_guidance={values['perform_norm_guidance']!r}: valid are true and false"
+        )
+    if not isinstance(values["device"], str):
+        raise ValueError(f"evaluation.device={values['device']!r}: valid is a name such as auto, cpu or cuda")
+
+
+def _require_int(name: str, value: object, *, minimum: int) -> None:
+    if isinstance(value, bool) or not isinstance(value, int) or value < minimum:
+        raise ValueError(f"evaluation.{name}={value!r}: valid is a whole number of at least {minimum}")
+
+
+def _require_choice(name: str, value: object, choices: Sequence[str]) -> None:
+    if value not in choices:
+        raise ValueError(f"evaluation.{name}={value!r}: valid are {', '.join(choices)}")

@@ -1,0 +1,114 @@
+"""Which model is meant by `checkpoint=...`, where does it belong, and which file holds its weights?
+
+A run folder, a Lightning checkpoint in one, an exported safetensors file, an exported folder, or `latest`.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from omegaconf import OmegaConf
+
+from flextok.training.run_folder import CHECKPOINTS, CONFIG
+
+EXPORT_FILES = ("config.json", "model.safetensors")
+VALID = (
+    "a run folder, a .ckpt file inside one, a .safetensors file, an exported folder (config.json and "
+    "model.safetensors), or latest"
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelSource:
+    """A model that exists on disk and is not loaded yet."""
+
+    path: Path
+    kind: str  # "run", "checkpoint", "export" or "file"
+    run_folder: Path | None
+
+    @property
+    def default_output_dir(self) -> Path:
+        """`<run>/evaluation`, `<exported folder>/evaluation`, or `<name>_evaluation` beside a bare file."""
+        if self.kind == "file":
+            return self.path.with_name(f"{self.path.stem}_evaluation")
+        return (self.run_folder or self.path) / "evaluation"
+
+    @property
+    def weights_file(self) -> Path:
+        """The file the weights are read from."""
+        if self.kind == "run":
+            from flextok.training.checkpoints import checkpoint_of_run
+
+            return checkpoint_of_run(self.path)
+        return self.path / "model.safetensors" if self.kind == "export" else self.path
+
+    def run_data(self) -> dict[str, Any] | None:
+        """The `data` node of the run, or None where there is no run."""
+        if self.run_folder is None:
+            return None
+        node = OmegaConf.select(OmegaConf.load(self.run_folder / CONFIG), "data")
+        data = OmegaConf.to_container(node, resolve=True)
+        assert isinstance(data, dict)
+        return {str(name): value for name, value in data.items()}
+
+    def load(self, *, weights: Literal["ema", "raw"]) -> tuple[Any, str]:
+        """The FlexTok model on the CPU, and which weights it has: `ema`, `raw` or `as exported`.
+
+        A run without a moving average has only raw weights, an export only those it was made with.
+        """
+        if self.kind in ("run", "checkpoint"):
+            return _load_from_run(self.weights_file, weights)
+        if weights != "ema":
+            raise ValueError(
+                f"evaluation.weights={weights!r}: {self.path} holds one set of weights; valid is ema, which "
+                "leaves them as they were exported, or a run folder to choose from"
+            )
+        if self.kind == "export":
+            from flextok.flextok_wrapper import FlexTokFromHub
+
+            return FlexTokFromHub.from_pretrained(str(self.path)).eval(), "as exported"
+        from flextok.utils.checkpoint import load_model_from_safetensors
+
+        return load_model_from_safetensors(self.path), "as exported"
+
+
+def find_source(checkpoint: str, *, runs: Path) -> ModelSource:
+    """Tell what `checkpoint` names; `latest` is the newest run with a checkpoint below the folder `runs`."""
+    if checkpoint == "latest":
+        newest = latest_run(runs)
+        return ModelSource(path=newest, kind="run", run_folder=newest)
+    path = Path(checkpoint)
+    if not path.exists():
+        raise ValueError(f"checkpoint={checkpoint}: does not exist; valid are {VALID}")
+    # Links are followed: a `best.ckpt` that points into a run belongs to that run.
+    path = path.resolve()
+    if path.is_dir():
+        if (path / CONFIG).is_file():
+            return ModelSource(path=path, kind="run", run_folder=path)
+        if all((path / name).is_file() for name in EXPORT_FILES):
+            return ModelSource(path=path, kind="export", run_folder=None)
+    elif path.suffix == ".safetensors":
+        return ModelSource(path=path, kind="file", run_folder=None)
+    elif path.suffix == ".ckpt":
+        run = next((parent for parent in path.parents if (parent / CONFIG).is_file()), None)
+        if run is None:
+            raise ValueError(f"checkpoint={checkpoint}: no folder above it holds the {CONFIG} of a run")
+        return ModelSource(path=path, kind="checkpoint", run_folder=run)
+    raise ValueError(f"checkpoint={checkpoint}: not a model; valid are {VALID}")
+
+
+def latest_run(runs: Path) -> Path:
+    """The run below `runs`, sweeps included, that holds the newest checkpoint of all."""
+    found = [path for path in runs.glob(f"**/{CHECKPOINTS}/*.ckpt") if (path.parents[1] / CONFIG).is_file()]
+    if not found:
+        raise ValueError(f"checkpoint=latest: no run with a checkpoint below {runs}; valid are {VALID}")
+    return max(found, key=lambda path: path.stat().st_mtime).parents[1].resolve()
+
+
+def _load_from_run(file: Path, weights: Literal["ema", "raw"]) -> tuple[Any, str]:
+    from flextok.training.checkpoints import load_run, read_checkpoint
+    from flextok.training.ema import CHECKPOINT_KEY
+
+    model, _ = load_run(file, weights=weights)
+    has_average = CHECKPOINT_KEY in read_checkpoint(file)
+    return model, weights if has_average else "raw"

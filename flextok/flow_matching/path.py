@@ -1,0 +1,45 @@
+"""The straight path between data and noise. Time runs from 0 (data) to 1 (noise); only this file knows which is which.
+
+Source: rectified flow, arXiv 2209.03003; mode sampling of times, arXiv 2403.03206.
+"""
+
+import math
+from collections.abc import Iterator
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+
+def interpolate(
+    clean: Float[Tensor, "batch *shape"], noise: Float[Tensor, "batch *shape"], t: Float[Tensor, " batch"]
+) -> Float[Tensor, "batch *shape"]:
+    """The point at time t of the path of each sample: `t * noise + (1 - t) * clean`."""
+    t = t.view(-1, *(1,) * (clean.ndim - 1)).to(clean.dtype)
+    return t * noise + (1 - t) * clean
+
+
+def target_velocity(
+    clean: Float[Tensor, "batch *shape"], noise: Float[Tensor, "batch *shape"]
+) -> Float[Tensor, "batch *shape"]:
+    """d/dt of the path: what the decoder is trained to predict."""
+    return noise - clean
+
+
+def euler_times(num_steps: int) -> Iterator[tuple[float, float]]:
+    """`(t, dt)` of equal steps from noise to data: the first at t = 1, the last at t = 1 / num_steps, dt negative."""
+    for step in range(num_steps, 0, -1):
+        yield step / num_steps, -1.0 / num_steps
+
+
+def mode_times(u: Float[Tensor, " batch"], mode_scale: float) -> Float[Tensor, " batch"]:
+    """Times from uniform values; `mode_scale` != 0 moves mass towards the middle (> 0) or the ends (< 0)."""
+    if mode_scale == 0.0:
+        return u
+    return 1 - u - mode_scale * (torch.cos(math.pi * u / 2) ** 2 - 1 + u)
+
+
+def stratified_normal(u: Float[Tensor, " batch"]) -> Float[Tensor, " batch"]:
+    """Standard normal values, one in each of `batch` strata of equal probability, from uniform values."""
+    strata = (torch.arange(u.shape[0], device=u.device) + u) / u.shape[0]
+    return math.sqrt(2) * torch.erfinv(2 * strata - 1)

@@ -1,0 +1,137 @@
+"""From a config to a trained tokenizer: assemble the parts, fit, leave a run folder."""
+
+import logging
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import hydra
+import lightning
+from lightning import Callback, LightningDataModule, Trainer
+from lightning.pytorch.callbacks import ProgressBar
+from lightning.pytorch.utilities import rank_zero_only
+from omegaconf import DictConfig, OmegaConf
+
+from flextok.config import check_config
+from flextok.flextok_wrapper import FlexTok
+from flextok.training.checkpoints import checkpoint_of_run, read_checkpoint
+from flextok.training.ema import CHECKPOINT_KEY, ExponentialMovingAverage
+from flextok.training.random_states import RandomStates
+from flextok.training.run_folder import write_run_record
+from flextok.training.tokenizer_module import TokenizerModule
+from flextok.utils.checkpoint import load_safetensors
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainingRun:
+    """Everything a config turns into."""
+
+    trainer: Trainer
+    module: TokenizerModule
+    data: LightningDataModule
+
+
+def run(cfg: DictConfig) -> dict[str, float]:
+    """Train as the config says and return the last value of every metric."""
+    check_config(cfg)
+    resume_from = None if cfg.ckpt_path is None else checkpoint_of_run(cfg.ckpt_path)
+    if resume_from is not None:
+        _report_changes(cfg, resume_from)
+    training = build(cfg)
+    rank_zero_only(write_run_record)(Path(cfg.paths.run), cfg)
+    training.trainer.fit(training.module, datamodule=training.data, ckpt_path=resume_from, weights_only=True)
+    return {name: float(value) for name, value in training.trainer.callback_metrics.items()}
+
+
+def build(cfg: DictConfig) -> TrainingRun:
+    """Assemble model, data and trainer; writes nothing."""
+    lightning.seed_everything(cfg.seed, workers=True)
+    model = _instantiate(cfg.model)
+    if cfg.init_from is not None:
+        start_from(model, cfg.init_from)
+    if cfg.compile:
+        # Not `torch.compile(module)`, which would rename every weight in the checkpoints.
+        model.encoder.compile()
+        model.decoder.compile()
+    module = TokenizerModule(
+        model,
+        _instantiate(cfg.objective),
+        _instantiate(cfg.optimizer),
+        seed=cfg.seed,
+        keep_ks=cfg.validation.keep_ks,
+        num_sigmas=cfg.validation.num_sigmas,
+    )
+    # Plain containers: a DictConfig in a checkpoint does not load with `weights_only=True`.
+    module.save_hyperparameters(OmegaConf.to_container(cfg, resolve=True))
+    return TrainingRun(trainer=_build_trainer(cfg), module=module, data=_instantiate(cfg.data))
+
+
+def start_from(model: FlexTok, path: str) -> None:
+    """Load the weights of an exported or released checkpoint, all of them."""
+    tensors = load_safetensors(path, return_metadata=False)
+    expected = model.state_dict()
+    wrong = sorted(tensors.keys() ^ expected.keys()) + [
+        f"{name} ({list(tensors[name].shape)}, here {list(expected[name].shape)})"
+        for name in sorted(tensors.keys() & expected.keys())
+        if tensors[name].shape != expected[name].shape
+    ]
+    if wrong:
+        raise ValueError(
+            f"init_from={path!r} holds another model: {len(wrong)} weights differ, such as {', '.join(wrong[:3])}; "
+            "valid: a file whose model, vae and size settings are those of this config"
+        )
+    model.load_state_dict(tensors)
+
+
+def _build_trainer(cfg: DictConfig) -> Trainer:
+    callbacks: list[Callback] = _instantiate_all(cfg.callbacks)
+    return _instantiate(
+        cfg.trainer,
+        # Not part of the config: without it a resumed run would silently not be exact.
+        callbacks=[RandomStates(cfg.seed), *callbacks],
+        logger=_instantiate_all(cfg.logger) or False,
+        default_root_dir=cfg.paths.run,
+        # False must be said: otherwise Lightning adds a bar of its own, in log files too.
+        enable_progress_bar=any(isinstance(callback, ProgressBar) for callback in callbacks),
+    )
+
+
+def _instantiate(node: Any, **options: Any) -> Any:
+    return hydra.utils.instantiate(node, _convert_="all", **options)
+
+
+def _instantiate_all(nodes: DictConfig | None) -> list[Any]:
+    return [_instantiate(node) for node in (nodes or {}).values() if node is not None]
+
+
+def _report_changes(cfg: DictConfig, resume_from: Path) -> None:
+    """Say how a resumed run differs from the one it continues: a forgotten override must not be silent."""
+    checkpoint = read_checkpoint(resume_from)
+    if "state_dict" not in checkpoint or "loops" not in checkpoint:
+        raise ValueError(f"ckpt_path={str(resume_from)!r} is no training checkpoint; for weights use init_from")
+    logger.info("continuing from %s at step %d", resume_from, checkpoint["global_step"])
+    old = _flatten(checkpoint.get("hyper_parameters", {}))
+    new = _flatten(OmegaConf.to_container(cfg, resolve=True))
+    for name in sorted(old.keys() | new.keys()):
+        group = name.partition(".")[0]
+        if group in ("paths", "ckpt_path", "callbacks", "logger", "experiment_name"):
+            continue
+        if old.get(name) != new.get(name):
+            logger.warning("%s was %r, is now %r", name, old.get(name), new.get(name))
+    has_ema = any(
+        (node or {}).get("_target_", "").endswith(ExponentialMovingAverage.__name__)
+        for node in (cfg.callbacks or {}).values()
+    )
+    if CHECKPOINT_KEY in checkpoint and not has_ema:
+        logger.warning("the checkpoint holds an EMA, this run keeps none: only its raw weights go on")
+
+
+def _flatten(node: Any, prefix: str = "") -> dict[str, Any]:
+    if not isinstance(node, dict):
+        return {prefix: node}
+    flat: dict[str, Any] = {}
+    for key, value in node.items():
+        flat |= _flatten(value, f"{prefix}.{key}" if prefix else str(key))
+    return flat

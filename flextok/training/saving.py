@@ -1,0 +1,64 @@
+"""When checkpoints are written: regularly, after the last step, and when a run is interrupted."""
+
+import logging
+from copy import deepcopy
+from pathlib import Path
+from typing import Any
+
+from lightning import LightningModule, Trainer
+from lightning.pytorch.callbacks import Checkpoint
+from lightning.pytorch.utilities.exceptions import SIGTERMException
+
+logger = logging.getLogger(__name__)
+
+LAST = "last.ckpt"
+
+
+class RegularCheckpoint(Checkpoint):
+    """Writes `last.ckpt` every n steps, after the final step and on an exception, SIGTERM or Ctrl-C.
+
+    Continuing from any of them gives the numbers of a run that was never interrupted. An exception strikes in
+    the middle of a step, when the data loader has moved on but the weights have not: what is written then is the
+    position of the last completed step. (Lightning's `OnExceptionCheckpoint` writes the position it finds and
+    loses a batch.)
+    """
+
+    def __init__(self, *, folder: str, every_n_steps: int, keep_every_n_steps: int | None) -> None:
+        """`keep_every_n_steps` keeps a copy called `step_<n>.ckpt` at each multiple; null keeps none."""
+        super().__init__()
+        self.folder = Path(folder)
+        self.every_n_steps = every_n_steps
+        self.keep_every_n_steps = keep_every_n_steps
+        self._last_step = 0
+        self._completed: tuple[int, dict[str, Any]] | None = None
+        self._interrupted = False
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._last_step = trainer.global_step
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        step = trainer.global_step
+        if step == self._last_step or trainer.fast_dev_run:  # type: ignore[attr-defined]
+            return
+        self._last_step = step
+        self._completed = (step, deepcopy(trainer.fit_loop.state_dict()))
+        if step % self.every_n_steps == 0 or step == trainer.max_steps or trainer.should_stop:
+            trainer.save_checkpoint(self.folder / LAST)
+        if self.keep_every_n_steps is not None and step % self.keep_every_n_steps == 0:
+            trainer.save_checkpoint(self.folder / f"step_{step:08d}.ckpt")
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        if self._completed is None:
+            return
+        # SIGTERM stops all ranks at one step; any other exception is alone on its rank, and saving waits for all.
+        if trainer.world_size > 1 and not isinstance(exception, SIGTERMException):
+            return
+        self._interrupted = True
+        trainer.save_checkpoint(self.folder / LAST)
+        logger.info("interrupted; continue with ckpt_path=%s", self.folder / LAST)
+
+    def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        if self._interrupted and self._completed is not None and self._completed[0] == trainer.global_step:
+            checkpoint["loops"]["fit_loop"] = self._completed[1]

@@ -1,0 +1,76 @@
+"""The LightningModule of a tokenizer: wires model, objective and optimizer, and computes nothing itself."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from lightning import LightningModule
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from flextok.flextok_wrapper import FlexTok
+from flextok.model.data_dict import RNG_KEY, DataDict
+from flextok.training.progress import log_interval
+from flextok.training.randomness import training_generator
+from flextok.training.validation import default_keep_ks, flow_losses
+
+Objective = Callable[[FlexTok, DataDict], dict[str, Tensor]]
+
+
+class TokenizerModule(LightningModule):
+    """Optimises a FlexTok against an objective; knows neither how it was built nor how it is judged.
+
+    A batch is `{"image": [batch, 3, height, width] in [-1, 1], "key": list of strings}`.
+    """
+
+    def __init__(
+        self,
+        model: FlexTok,
+        objective: Objective,
+        optimizer: Callable[[nn.Module], dict[str, Any]],
+        *,
+        seed: int,
+        keep_ks: Sequence[int] | None,
+        num_sigmas: int,
+    ) -> None:
+        """`optimizer` gets the module and returns what `configure_optimizers` may return."""
+        super().__init__()
+        self.model = model
+        self.objective = objective
+        self.make_optimizer = optimizer
+        self.seed = seed
+        self.keep_ks = list(keep_ks) if keep_ks is not None else default_keep_ks(model.num_registers)
+        self.num_sigmas = num_sigmas
+
+    def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
+        images = batch["image"]
+        rng = training_generator(
+            self.seed,
+            step=self.trainer.global_step,
+            micro_batch=batch_idx % self.trainer.accumulate_grad_batches,
+            rank=self.global_rank,
+            device=self.device,
+        )
+        losses = self.objective(self.model, {self.model.vae.images_read_key: images.split(1), RNG_KEY: rng})
+        names = {"total": "train/loss"}
+        self.log_dict({names.get(name, f"train/{name}"): loss.detach() for name, loss in losses.items()})
+        return losses["total"]
+
+    def validation_step(self, batch: dict[str, Any], batch_idx: int) -> None:
+        images, keys = batch["image"], batch["key"]
+        losses = flow_losses(
+            self.model, images, keys, keep_ks=self.keep_ks, num_sigmas=self.num_sigmas, seed=self.seed
+        ).mean(1)
+        named = {f"val/flow_loss_k{k}": loss for k, loss in zip(self.keep_ks, losses, strict=True)}
+        named["val/flow_loss"] = losses.mean()
+        self.log_dict(named, batch_size=len(keys), sync_dist=True)
+
+    def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
+        # The loggers look at these numbers after the step, when it has been counted.
+        if (self.trainer.global_step + 1) % log_interval(self.trainer) == 0:
+            gradients = [p.grad for p in self.parameters() if p.grad is not None]
+            self.log("train/grad_norm", torch.nn.utils.get_total_norm(gradients))
+            self.log("train/lr", optimizer.param_groups[0]["lr"])
+
+    def configure_optimizers(self) -> Any:
+        return self.make_optimizer(self)

@@ -1,0 +1,66 @@
+"""The flow loss at fixed noise, fixed times and a fixed number of tokens: what can be compared between runs.
+
+The training loss cannot: it averages over whatever `keep_k`, noise and times a step happened to draw.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from flextok.flextok_wrapper import FlexTok
+from flextok.model.data_dict import RNG_KEY, DataDict
+from flextok.model.packed_list import PackedList
+from flextok.training.objective import velocity_errors
+from flextok.training.randomness import image_generators
+
+
+def default_keep_ks(num_registers: int) -> list[int]:
+    """The powers of two below the number of registers, and that number."""
+    return sorted({2**i for i in range(num_registers.bit_length()) if 2**i < num_registers} | {num_registers})
+
+
+def image_data(model: FlexTok, images: Tensor, keys: Sequence[str], *, seed: int) -> DataDict:
+    """The dictionary of a batch to be judged: whatever the model draws depends on the image alone."""
+    return {model.vae.images_read_key: images.split(1), RNG_KEY: image_generators(seed, keys, stream="model")}
+
+
+def flow_losses(
+    model: FlexTok, images: Tensor, keys: Sequence[str], *, keep_ks: Sequence[int], num_sigmas: int, seed: int
+) -> Tensor:
+    """Flow loss `[len(keep_ks), batch]` of a model in eval mode.
+
+    Each image meets `num_sigmas` noise levels, one drawn in each of as many equal parts of [0, 1].
+    """
+    data = model.encode(image_data(model, images, keys, seed=seed))
+    clean = data[model.flow_matching_noise_module.clean_images_read_key]
+    generators = image_generators(seed, keys, stream="flow_loss")
+    losses = images.new_zeros((len(keep_ks), len(keys)), dtype=torch.float32)
+    for part in range(num_sigmas):
+        noise, positions = _draw(clean, generators)
+        sigmas = (part + positions.to(images.device)) / num_sigmas
+        noised = PackedList.pack([s * n + (1 - s) * c for s, n, c in zip(sigmas, noise, clean, strict=True)])
+        for row, keep_k in enumerate(keep_ks):
+            predicted = _decode_once(model, data, noised, sigmas, keep_k)
+            losses[row] += velocity_errors(model, predicted, noise) / num_sigmas
+    return losses
+
+
+def _draw(clean: Sequence[Tensor], generators: list[torch.Generator]) -> tuple[list[Tensor], Tensor]:
+    noise = [
+        torch.randn(entry.shape, generator=generator).to(entry.device, entry.dtype)
+        for entry, generator in zip(clean, generators, strict=True)
+    ]
+    return noise, torch.cat([torch.rand(1, generator=generator) for generator in generators])
+
+
+def _decode_once(model: FlexTok, encoded: DataDict, noised: PackedList, sigmas: Tensor, keep_k: int) -> DataDict:
+    noise_module = model.flow_matching_noise_module
+    return model.decoder(
+        {
+            **encoded,
+            noise_module.noised_images_write_key: noised,
+            noise_module.timesteps_write_key: sigmas,
+            model.eval_keep_k_key: [keep_k] * len(noised),
+        }
+    )

@@ -1,0 +1,66 @@
+"""Write a trained model in the published form, for this package, the hub and the published code alike."""
+
+import json
+import logging
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from omegaconf import OmegaConf
+from torch import nn
+
+from flextok.utils.checkpoint import PathLike, atomic_path, sanitize_hydra_config, save_safetensors
+
+logger = logging.getLogger(__name__)
+
+_PACKERS = (
+    "flextok.model.preprocessors.flex_seq_packing.BlockWiseSequencePacker",
+    "flextok.model.preprocessors.nested_dropout_seq_packer.NestedDropoutSequencePacker",
+)
+
+
+def export_model(model: nn.Module, config: Any, out_dir: PathLike, *, overwrite: bool = False) -> Path:
+    """Write `model.safetensors` (weights and config) and `config.json` (the same config) into `out_dir`.
+
+    `config` is the FlexTok config that built the model. Returns the folder, which
+    `FlexTokFromHub.from_pretrained` takes; the first file alone is enough for `load_model_from_safetensors`.
+    Raises ValueError for a config that could not be loaded again, and FileExistsError if the folder holds a
+    model and `overwrite` is false.
+    """
+    out_dir = Path(out_dir)
+    weights_path, config_path = out_dir / "model.safetensors", out_dir / "config.json"
+    for path in (weights_path, config_path):
+        if path.exists() and not overwrite:
+            raise FileExistsError(f"{path} exists; choose another folder or allow overwriting")
+    config = official_config(config)
+    save_safetensors(model.state_dict(), weights_path, config)
+    with atomic_path(config_path) as temporary:
+        temporary.write_text(json.dumps(config, indent=1) + "\n", encoding="utf-8")
+    logger.info("wrote %s and %s", weights_path, config_path)
+    return out_dir
+
+
+def official_config(config: Any) -> dict[str, Any]:
+    """The config as the published code wants it: plain containers, no field of our own, every packer padding
+    to 128.
+
+    Results are the same with it. Interpolations of a DictConfig are resolved.
+    """
+    if OmegaConf.is_config(config):
+        config = OmegaConf.to_container(config, resolve=True)
+    return _official(sanitize_hydra_config(config))
+
+
+def _official(node: Any) -> Any:
+    if isinstance(node, list | tuple):
+        # The published reader takes a tuple for a string.
+        return [_official(child) for child in node]
+    if not isinstance(node, Mapping):
+        return node
+    official = {key: _official(child) for key, child in node.items()}
+    if node.get("_target_") in _PACKERS:
+        official.pop("drop_masked", None)
+        # The published attention wants a multiple of 128 whatever the mask; ours does not mind.
+        if official.get("pad_to_multiple") is None and official.get("max_seq_len") is None:
+            official["pad_to_multiple"] = 128
+    return official

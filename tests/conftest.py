@@ -1,0 +1,42 @@
+"""Every test runs offline, seeded and on few threads; shape annotations of pure functions are checked."""
+
+import os
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["WANDB_MODE"] = "offline"
+
+import pytest
+import torch
+from hypothesis import settings
+from jaxtyping import install_import_hook
+
+# Before anything imports these packages: a loaded module stays unchecked. `attention.masks` is left
+# out: FlexAttention counts the arguments of a mask function, and a checked function no longer shows them.
+ATTENTION_MODULES = ("backends", "layout", "reference", "sparse", "visualize")
+install_import_hook(
+    [
+        *(f"flextok.attention.{name}" for name in ATTENTION_MODULES),
+        "flextok.flow_matching",
+        "flextok.regularizers",
+        "flextok.evaluation",
+    ],
+    "beartype.beartype",
+)
+
+from tests.support import RECORDED  # noqa: E402
+
+torch.set_num_threads(min(2, torch.get_num_threads()))
+settings.register_profile("flextok", deadline=None, max_examples=40, derandomize=True, database=None)
+settings.load_profile("flextok")
+
+
+@pytest.fixture(autouse=True)
+def _seeded():
+    torch.manual_seed(0)
+
+
+@pytest.fixture
+def recorded_folder(monkeypatch):
+    """The recorded files as working directory: their checkpoints name the VAE by a relative path."""
+    monkeypatch.chdir(RECORDED)
+    return RECORDED

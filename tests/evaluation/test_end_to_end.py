@@ -1,0 +1,162 @@
+"""A real tokenizer through `eval.py`, from every kind of source, and the promises of a sweep kept by it."""
+
+import json
+import subprocess
+import sys
+
+import hydra
+import pytest
+import torch
+from omegaconf import OmegaConf
+
+from flextok.config import compose
+from flextok.evaluation.run import run
+from flextok.evaluation.settings import EvaluationSettings
+from flextok.evaluation.sweep import run_sweep
+from flextok.utils.export import export_model
+from tests.evaluation.stub import SETTINGS, random_batches
+from tests.support import REPOSITORY
+
+FILES = {"grid.png", "metrics.csv", "metrics.json", "rate_distortion.png"}
+QUICK = ("evaluation.num_images=3", "evaluation.steps=2", "evaluation.device=cpu", "evaluation.keep_ks=[2,16]")
+
+
+@pytest.fixture(scope="module")
+def config():
+    return compose(["model=tiny", "vae=pixel", "data=digits"])
+
+
+@pytest.fixture(scope="module")
+def model(config):
+    model = hydra.utils.instantiate(config.model, _convert_="all")
+    # Freshly made heads are zero: every image would come out the same.
+    generator = torch.Generator().manual_seed(3)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.05 * torch.randn(parameter.shape, generator=generator))
+    return model.eval()
+
+
+@pytest.fixture(scope="module")
+def export(model, config, tmp_path_factory):
+    return export_model(model, config.model, tmp_path_factory.mktemp("export"))
+
+
+@pytest.fixture
+def run_folder(model, config, tmp_path):
+    """A run with an average whose weights differ from the trained ones."""
+    folder = tmp_path / "runs" / "digits" / "now"
+    (folder / "checkpoints").mkdir(parents=True)
+    config = OmegaConf.merge(config, {"paths": {"run": str(folder)}})
+    (folder / "config.yaml").write_text(OmegaConf.to_yaml(config, resolve=True))
+    weights = {f"model.{name}": tensor for name, tensor in model.state_dict().items()}
+    average = {name: tensor * 0.5 for name, tensor in weights.items() if tensor.is_floating_point()}
+    checkpoint = {"state_dict": weights, "ema": {"weights": average}}
+    torch.save(checkpoint, folder / "checkpoints" / "last.ckpt")
+    return folder
+
+
+def evaluate(*overrides):
+    return run(compose([*QUICK, *overrides], "eval"))
+
+
+def numbers(metrics):
+    rows = [{**row, "seconds_per_image": None} for row in metrics["results"]]
+    return {"results": rows, "vae": metrics["vae"], "tokens": metrics["tokens"]}
+
+
+@pytest.mark.parametrize("guidance_scale", [1.0, 3.0])
+def test_neither_batch_size_nor_order_changes_the_numbers(model, guidance_scale):
+    settings = EvaluationSettings.from_mapping({**SETTINGS, "keep_ks": [1, 5, 16], "guidance_scale": guidance_scale})
+    order = torch.randperm(8, generator=torch.Generator().manual_seed(1)).tolist()
+    tables = []
+    for batches in (random_batches(8, 1), random_batches(8, 7), random_batches(8, 3, order=order)):
+        result = run_sweep(model, batches, settings, device=torch.device("cpu"))
+        tables.append([[row[name] for name in ("psnr", "ssim", "mae", "mse")] for row in result.results])
+        tokens = result.tokens
+        assert tokens["codes_used"] > 1
+    expected = torch.tensor(tables[0], dtype=torch.float64)
+    assert len({tuple(row) for row in tables[0]}) == 3, "keep_k changes nothing: this test would prove nothing"
+    for table in tables[1:]:
+        torch.testing.assert_close(torch.tensor(table, dtype=torch.float64), expected, rtol=0, atol=1e-5)
+
+
+def test_eval_py_reports_on_an_exported_model(export, tmp_path):
+    command = [sys.executable, "eval.py", f"checkpoint={export}", "data=digits", f"output_dir={tmp_path / 'out'}"]
+    done = subprocess.run([*command, *QUICK], cwd=REPOSITORY, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert {path.name for path in (tmp_path / "out").iterdir()} == FILES
+    metrics = json.loads((tmp_path / "out" / "metrics.json").read_text())
+    assert [row["keep_k"] for row in metrics["results"]] == [2, 16]
+    assert metrics["protocol"]["weights"] == "as exported"
+    assert metrics["protocol"]["num_images"] == 3
+    assert metrics["protocol"]["data"]["_target_"].endswith("DigitsDataModule")
+    assert "PSNR" in done.stdout
+
+
+def test_eval_py_reports_a_mistake_on_one_line_and_exits_with_two():
+    done = subprocess.run(
+        [sys.executable, "eval.py", "checkpoint=latest", "evaluation.steps=0"],
+        cwd=REPOSITORY,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode == 2
+    assert "error: evaluation.steps=0" in done.stderr.splitlines()[-1]
+    assert "Traceback" not in done.stderr
+
+
+def test_a_bare_file_gives_the_numbers_of_its_folder(export, tmp_path):
+    folder, _ = evaluate(f"checkpoint={export}", "data=digits", f"output_dir={tmp_path / 'a'}")
+    file, _ = evaluate(f"checkpoint={export / 'model.safetensors'}", "data=digits", f"output_dir={tmp_path / 'b'}")
+    assert numbers(file) == numbers(folder)
+
+
+def test_a_file_without_a_run_needs_a_data_group(export):
+    with pytest.raises(ValueError, match="data=null.*choose a data group"):
+        evaluate(f"checkpoint={export}")
+
+
+def test_a_run_brings_its_data_and_keeps_the_report(run_folder):
+    metrics, folder = evaluate("checkpoint=latest", f"paths.runs={run_folder.parents[1]}")
+    assert folder == run_folder / "evaluation"
+    assert {path.name for path in folder.iterdir()} == FILES
+    assert metrics["protocol"]["data"]["_target_"].endswith("DigitsDataModule")
+    assert metrics["protocol"]["weights_file"] == "last.ckpt"
+
+
+def test_ema_and_raw_weights_are_told_apart(run_folder, export, tmp_path):
+    ema, _ = evaluate(f"checkpoint={run_folder}")
+    raw, _ = evaluate(f"checkpoint={run_folder}/checkpoints/last.ckpt", "evaluation.weights=raw")
+    exported, _ = evaluate(f"checkpoint={export}", "data=digits", f"output_dir={tmp_path / 'export'}")
+    assert [m["protocol"]["weights"] for m in (ema, raw, exported)] == ["ema", "raw", "as exported"]
+    assert numbers(raw) == numbers(exported)
+    assert numbers(ema) != numbers(raw)
+
+
+def test_one_option_of_the_data_of_a_run_can_be_changed(run_folder):
+    metrics, _ = evaluate(f"checkpoint={run_folder}", "+data.num_workers=0", "evaluation.split=val")
+    assert metrics["protocol"]["data"]["num_workers"] == 0
+    assert metrics["protocol"]["data"]["image_size"] == 8
+    assert metrics["protocol"]["split"] == "val"
+
+
+def test_a_run_without_an_average_is_said_to_have_raw_weights(run_folder):
+    file = run_folder / "checkpoints" / "last.ckpt"
+    checkpoint = torch.load(file, weights_only=True)
+    del checkpoint["ema"]
+    torch.save(checkpoint, file)
+    assert evaluate(f"checkpoint={run_folder}")[0]["protocol"]["weights"] == "raw"
+
+
+@pytest.mark.parametrize("evaluation", ["default", "quick", "guided"])
+def test_every_evaluation_config_composes(evaluation):
+    node = compose([f"evaluation={evaluation}"], "eval").evaluation
+    EvaluationSettings.from_mapping(OmegaConf.to_container(node, resolve=True))
+
+
+@pytest.mark.parametrize("device", ["abacus", "cuda:99"])
+def test_a_device_that_is_not_there_is_refused(device):
+    with pytest.raises(ValueError, match=f"evaluation.device='{device}'"):
+        evaluate("checkpoint=latest", f"evaluation.device={device}")

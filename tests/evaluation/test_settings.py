@@ -1,0 +1,57 @@
+"""Wrong options are found before a model is loaded, with the field, its value and what is valid."""
+
+import pytest
+
+from flextok.evaluation.settings import EvaluationSettings, resolve_keep_ks
+from tests.evaluation.stub import SETTINGS
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "valid"),
+    [
+        ("steps", 0, "at least 1"),
+        ("steps", 2.5, "whole number"),
+        ("num_images", 0, "at least 1"),
+        ("num_images", True, "whole number"),
+        ("batch_size", 0, "at least 1"),
+        ("grid_images", 0, "at least 1"),
+        ("seed", -1, "at least 0"),
+        ("weights", "best", "ema, raw"),
+        ("split", "train", "test, val"),
+        ("guidance_scale", "high", "number"),
+        ("perform_norm_guidance", 1, "true and false"),
+    ],
+)
+def test_the_message_names_field_value_and_valid_values(field, value, valid):
+    with pytest.raises(ValueError, match=f"evaluation.{field}={value!r}.*{valid}"):
+        EvaluationSettings.from_mapping({**SETTINGS, field: value})
+
+
+def test_unknown_and_missing_options_are_named():
+    with pytest.raises(ValueError, match=r"evaluation\.step: unknown"):
+        EvaluationSettings.from_mapping({**SETTINGS, "step": 3})
+    with pytest.raises(ValueError, match=r"evaluation\.steps: missing"):
+        EvaluationSettings.from_mapping({k: v for k, v in SETTINGS.items() if k != "steps"})
+
+
+def test_one_number_is_a_list_of_one():
+    assert EvaluationSettings.from_mapping({**SETTINGS, "keep_ks": 4}).keep_ks == (4,)
+    assert EvaluationSettings.from_mapping({**SETTINGS, "keep_ks": [4, 2]}).keep_ks == (4, 2)
+
+
+@pytest.mark.parametrize(
+    ("num_registers", "keep_ks"),
+    [(1, [1]), (2, [1, 2]), (6, [1, 2, 4, 6]), (8, [1, 2, 4, 8]), (9, [1, 2, 4, 8, 9])],
+)
+def test_the_default_is_powers_of_two_and_all(num_registers, keep_ks):
+    assert resolve_keep_ks(None, num_registers) == keep_ks
+
+
+def test_given_keep_ks_are_sorted_and_deduplicated():
+    assert resolve_keep_ks((4, 1, 4), 4) == [1, 4]
+
+
+@pytest.mark.parametrize("keep_ks", [(0,), (5,), (-1,), (1.5,), (True,), ("2",), ()])
+def test_keep_ks_outside_the_registers_are_refused(keep_ks):
+    with pytest.raises(ValueError, match=r"evaluation\.keep_ks=.*1 to 4"):
+        resolve_keep_ks(keep_ks, 4)

@@ -1,0 +1,87 @@
+"""The numbers of a sweep depend on the images and the seed; not on how they were batched or ordered."""
+
+import math
+
+import pytest
+import torch
+
+from flextok.evaluation.settings import EvaluationSettings
+from flextok.evaluation.sweep import run_sweep
+from tests.evaluation.stub import SETTINGS, StubTokenizer, random_batches
+
+
+def sweep(batches, **options):
+    settings = EvaluationSettings.from_mapping({**SETTINGS, **options})
+    return run_sweep(StubTokenizer(), batches, settings, device=torch.device("cpu"))
+
+
+def numbers(result):
+    timeless = [{name: value for name, value in row.items() if name != "seconds_per_image"} for row in result.results]
+    return {"results": timeless, "vae": result.vae, "tokens": result.tokens}
+
+
+def test_more_tokens_are_closer_and_cost_more_bits():
+    result = sweep(random_batches(16, 4))
+    assert [row["keep_k"] for row in result.results] == [1, 2, 4]
+    psnrs = [row["psnr"] for row in result.results]
+    assert psnrs == sorted(psnrs)
+    assert result.vae["psnr"] == 100.0
+    assert [row["bits_per_image"] for row in result.results] == [pytest.approx(k * math.log2(125)) for k in (1, 2, 4)]
+    assert all(row["seconds_per_image"] > 0 for row in result.results)
+
+
+@pytest.mark.parametrize("batch_size", [1, 2, 7, 15, 16])
+def test_the_batch_size_changes_nothing(batch_size):
+    assert numbers(sweep(random_batches(16, batch_size))) == numbers(sweep(random_batches(16, 16)))
+
+
+def test_the_order_changes_nothing():
+    shuffled = random_batches(16, 3, order=torch.randperm(16).tolist())
+    assert numbers(sweep(shuffled)) == numbers(sweep(random_batches(16, 4)))
+
+
+def test_the_seed_changes_only_what_is_drawn():
+    a, b = sweep(random_batches(8, 4), seed=0), sweep(random_batches(8, 4), seed=1)
+    assert a.results[0]["psnr"] != b.results[0]["psnr"]
+    assert a.results[-1]["psnr"] == b.results[-1]["psnr"]
+
+
+@pytest.mark.parametrize("num_images", [1, 3, 4, 5, 8])
+def test_num_images_takes_the_first_ones(num_images):
+    result = sweep(random_batches(8, 4), num_images=num_images)
+    assert result.num_images == num_images
+    assert result.results == [
+        {**row, "seconds_per_image": pytest.approx(row["seconds_per_image"], rel=1e9)}
+        for row in sweep(random_batches(8, 8)[0:1], num_images=num_images).results
+    ]
+
+
+def test_one_image_has_no_standard_error():
+    row = sweep(random_batches(1, 1)).results[0]
+    assert row["psnr_se"] is None
+    assert row["ssim_se"] is None
+
+
+def test_a_shorter_split_is_used_whole_with_a_warning(caplog):
+    assert sweep(random_batches(3, 2), num_images=5).num_images == 3
+    assert "asked for 5 images" in caplog.text
+
+
+def test_an_empty_split_is_an_error():
+    with pytest.raises(ValueError, match="holds no images"):
+        sweep([])
+
+
+@pytest.mark.parametrize("batch_size", [1, 4])
+def test_pictures_are_of_the_first_images(batch_size):
+    batches = random_batches(5, batch_size)
+    result = sweep(batches, grid_images=3)
+    assert torch.equal(result.originals, torch.cat([batch["image"] for batch in batches])[:3])
+    assert list(result.reconstructions) == [1, 2, 4]
+    assert all(images.shape == (3, 3, 8, 8) for images in result.reconstructions.values())
+
+
+def test_pictures_of_another_size_are_left_out():
+    result = sweep([*random_batches(1, 1), *random_batches(1, 1, size=12)])
+    assert len(result.originals) == 1
+    assert result.image_sizes == [[8, 8], [12, 12]]

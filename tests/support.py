@@ -1,0 +1,119 @@
+"""What several tests need: recorded outputs of the published inference code, comparisons, tiny models."""
+
+import json
+from ast import literal_eval
+from collections.abc import Iterator
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+RECORDED = Path(__file__).resolve().parent / "data" / "flextok"
+
+
+@lru_cache
+def recorded_cases(stem: str) -> list[dict[str, Any]]:
+    with safe_open(RECORDED / f"{stem}.safetensors", "pt") as file:
+        return json.loads(file.metadata()["cases"])
+
+
+@lru_cache
+def _tensors_by_case(stem: str) -> dict[str, dict[str, Tensor]]:
+    by_case: dict[str, dict[str, Tensor]] = {}
+    for name, tensor in load_file(RECORDED / f"{stem}.safetensors").items():
+        case, rest = name.split("//", 1)
+        by_case.setdefault(case, {})[rest] = tensor
+    return by_case
+
+
+def recorded_tensors(stem: str, case: str, part: str) -> dict[str, Tensor]:
+    """Fresh copies of one `part` (`in`, `state` or `out`) of a case."""
+    tensors = _tensors_by_case(stem).get(case, {})
+    return {name[len(part) + 1 :]: t.clone() for name, t in tensors.items() if name.startswith(f"{part}/")}
+
+
+def recorded_inputs(stem: str, case: dict[str, Any]) -> dict[str, Any]:
+    """Inputs as the modules want them: lists of `[1, ...]` tensors, or a bare tensor (null)."""
+    tensors = recorded_tensors(stem, case["name"], "in")
+    return {
+        key: tensors[key] if count is None else [tensors[f"{key}.{i}"] for i in range(count)]
+        for key, count in case["inputs"].items()
+    }
+
+
+@lru_cache
+def recorded_model(checkpoint: str) -> nn.Module:
+    """Shared between tests: leave its weights alone. Needs the recorded folder as working directory."""
+    from flextok.utils.checkpoint import load_model_from_safetensors
+
+    return load_model_from_safetensors(str(RECORDED / checkpoint))
+
+
+def assert_close(actual: Any, expected: Tensor, tol: float = 1e-4, what: str = "result") -> None:
+    """Same shape and values; integers and booleans equal, dtypes too wherever `actual` has one."""
+    if isinstance(actual, Tensor):
+        assert actual.dtype == expected.dtype, f"{what}: dtype {actual.dtype}, expected {expected.dtype}"
+    actual = torch.as_tensor(actual).detach()
+    assert actual.shape == expected.shape, f"{what}: {list(actual.shape)}, expected {list(expected.shape)}"
+    if not expected.is_floating_point():
+        differing = int((actual != expected).sum())
+        assert differing == 0, f"{what}: {differing} of {expected.numel()} entries differ"
+        return
+    assert torch.isfinite(actual).all(), f"{what}: not finite"
+    difference = float((actual.double() - expected.double()).abs().max()) if expected.numel() else 0.0
+    assert difference < tol, f"{what}: max abs difference {difference:.3g}, allowed {tol:.3g}"
+
+
+def max_difference(left: Tensor, right: Tensor) -> float:
+    assert left.shape == right.shape, f"shapes {list(left.shape)} and {list(right.shape)}"
+    return float((left.double() - right.double()).abs().max()) if left.numel() else 0.0
+
+
+class Untouched:
+    """Remembers tensors and the lists that hold them; `check` says whether any of them was written into."""
+
+    def __init__(self, data: dict[str, Any]) -> None:
+        self.containers = [
+            (key, value, list(value)) for key, value in data.items() if isinstance(value, list | tuple)
+        ]
+        self.tensors = [(name, tensor, tensor.detach().clone()) for name, tensor in _named_tensors(data)]
+
+    def check(self) -> None:
+        for key, container, entries in self.containers:
+            assert list(map(id, container)) == list(map(id, entries)), f"the list under {key!r} was changed"
+        for name, tensor, before in self.tensors:
+            assert torch.equal(tensor, before), f"the tensor given as {name!r} was changed"
+
+
+def _named_tensors(data: dict[str, Any]) -> Iterator[tuple[str, Tensor]]:
+    for key, value in data.items():
+        entries = value if isinstance(value, list | tuple) else [value]
+        yield from ((f"{key}.{i}", t) for i, t in enumerate(entries) if isinstance(t, Tensor))
+
+
+def randomize(module: nn.Module, std: float = 0.2, seed: int = 0) -> nn.Module:
+    """Random weights everywhere: zero-initialised heads and modulations would make tests pass trivially."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in module.parameters():
+            parameter.copy_(torch.randn(parameter.shape, generator=generator) * std)
+    return module
+
+
+def tiny_decoder(*, mask_mode: str = "full", drop_masked: bool = False) -> nn.Module:
+    """The decoder of the recorded attention-masked checkpoint with another mask and weights, in eval mode.
+
+    16 registers of `enc_registers_quant` (6 channels), latents of at most 4x8x8, patches of 2x2. Writes
+    `vae_latents_reconst` and, unpacked to full length, `dec_registers_proj`.
+    """
+    from hydra.utils import instantiate
+
+    with safe_open(RECORDED / "tiny_attn_masked.safetensors", "pt") as file:
+        config = literal_eval(file.metadata()["decoder"])
+    config["module_dict"]["dec_seq_packer"] |= {"mask_mode": mask_mode, "drop_masked": drop_masked}
+    return randomize(instantiate(config)).eval()

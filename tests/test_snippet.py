@@ -1,0 +1,78 @@
+"""The snippet of the README works as written, and importing the package costs nothing."""
+
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from tests.support import REPOSITORY
+
+
+def test_images_become_tokens_and_any_number_of_them_becomes_images(recorded_folder):
+    from flextok import FlexTokFromHub
+
+    model = FlexTokFromHub.from_pretrained(str(recorded_folder / "tiny_flextok")).eval()
+    token_ids = model.tokenize(torch.rand(2, 3, 64, 64) * 2 - 1)
+    assert [ids.shape for ids in token_ids] == [(1, 16)] * 2
+    assert all(ids.dtype == torch.int64 for ids in token_ids)
+    for k in (1, 4, 8, 16):
+        images = model.detokenize(
+            [ids[:, :k] for ids in token_ids],
+            vae_image_sizes=8,
+            timesteps=4,
+            guidance_scale=7.5,
+            verbose=False,
+        )
+        assert images.shape == (2, 3, 64, 64)
+        assert torch.isfinite(images).all()
+
+
+def test_samples_of_different_length_share_one_call(recorded_folder):
+    from flextok import FlexTokFromHub
+
+    model = FlexTokFromHub.from_pretrained(str(recorded_folder / "tiny_flextok")).eval()
+    lengths = (1, 7, 16)
+    ids = [torch.arange(length)[None] for length in lengths]
+    generators = [torch.Generator().manual_seed(length) for length in lengths]
+    options = {"vae_image_sizes": 8, "timesteps": 4, "verbose": False}
+    together = model.detokenize(ids, generator=generators, **options)
+    for i, length in enumerate(lengths):
+        generator = [torch.Generator().manual_seed(length)]
+        alone = model.detokenize(ids[i : i + 1], generator=generator, **options)
+        torch.testing.assert_close(alone[0], together[i], atol=1e-5, rtol=0)
+
+
+def loaded_after(statement):
+    code = f"import sys; {statement}; print('\\n'.join(sys.modules))"
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=REPOSITORY, capture_output=True, text=True, check=True, timeout=120
+    )
+    return set(done.stdout.split())
+
+
+def test_importing_the_package_loads_nothing_heavy():
+    loaded = loaded_after("import flextok; flextok.__version__")
+    heavy = {"torch", "numpy", "hydra", "omegaconf", "diffusers", "lightning", "PIL", "huggingface_hub"}
+    assert not loaded & heavy
+
+
+def test_importing_the_model_loads_neither_diffusers_nor_lightning():
+    loaded = loaded_after("from flextok import FlexTok, FlexTokFromHub")
+    assert "torch" in loaded
+    assert not loaded & {
+        "diffusers",
+        "transformers",
+        "lightning",
+        "torchvision",
+        "matplotlib",
+        "wandb",
+        "sklearn",
+    }
+
+
+def test_an_unknown_name_of_the_package_is_an_attribute_error():
+    import flextok
+
+    with pytest.raises(AttributeError, match="FlexTik"):
+        _ = flextok.FlexTik

@@ -1,0 +1,19 @@
+"""Train a tokenizer: `python train.py experiment=digits`; every option of `configs/` can be overridden."""
+
+import hydra
+from omegaconf import DictConfig
+
+from flextok.config import register_resolvers, run_command
+
+
+@hydra.main(config_path="configs", config_name="train", version_base="1.3")
+def main(cfg: DictConfig) -> float | None:
+    """Return the validation loss, for sweepers."""
+    from flextok.training.run import run  # Takes seconds: `--help` and mistakes should not wait for it.
+
+    return run(cfg).get("val/flow_loss")
+
+
+if __name__ == "__main__":
+    register_resolvers()
+    run_command(main)
