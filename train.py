@@ -3,12 +3,13 @@
 import hydra
 from omegaconf import DictConfig
 
-from flextok.config import register_resolvers, run_command
+from flextok.config import check_config, register_resolvers, run_command
 
 
 @hydra.main(config_path="configs", config_name="train", version_base="1.3")
 def main(cfg: DictConfig) -> float | None:
     """Return the validation loss, for sweepers."""
+    check_config(cfg)
     from flextok.training.run import run  # Takes seconds: `--help` and mistakes should not wait for it.
 
     return run(cfg).get("val/flow_loss")

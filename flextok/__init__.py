@@ -1,6 +1,7 @@
 """Train, evaluate and use flexible-length 1D image tokenizers.
 
-Importing this package loads neither torch nor anything else that is heavy: the public classes are resolved on first use.
+Importing this package loads neither torch nor anything else that is heavy: the public classes are resolved on first
+use.
 """
 
 from importlib import import_module

@@ -49,7 +49,7 @@ def run_command(main: Callable[[], Any]) -> None:
     except (ValueError, HydraException, OmegaConfBaseException) as error:
         if wants_traceback:
             raise
-        sys.stderr.write(f"error: {describe_error(error)}\n")
+        sys.stderr.write(f"(HYDRA_FULL_ERROR=1 shows the traceback)\nerror: {describe_error(error)}\n")
         sys.exit(2)
 
 

@@ -20,11 +20,11 @@ KEEP_K_FIELDS = ("validation.keep_ks", "evaluation.keep_ks", "callbacks.pictures
 
 def check_config(cfg: DictConfig) -> None:
     """Raise `ValueError` for the first setting that cannot work."""
+    _check_named_nodes(cfg)
     _check_numbers(cfg)
     _check_keep_ks(cfg)
     _check_image_size(cfg)
     _check_precision(cfg)
-    _check_named_nodes(cfg)
     _check_paths(cfg)
     _check_start(cfg)
 
@@ -35,7 +35,7 @@ def _fail(field: str, value: Any, valid: str) -> NoReturn:
 
 def _get(cfg: DictConfig, field: str) -> Any:
     value = OmegaConf.select(cfg, field)
-    return OmegaConf.to_container(value) if OmegaConf.is_config(value) else value
+    return OmegaConf.to_container(value, resolve=True) if OmegaConf.is_config(value) else value
 
 
 def _check_numbers(cfg: DictConfig) -> None:
@@ -88,13 +88,14 @@ def _check_precision(cfg: DictConfig) -> None:
 def _check_named_nodes(cfg: DictConfig) -> None:
     """Callbacks and loggers are mappings from a name to something with a `_target_`, or to null."""
     for group in ("callbacks", "logger"):
-        entries = _get(cfg, group)
+        entries = OmegaConf.select(cfg, group)
         if entries is None:
             continue
-        if not isinstance(entries, dict):
+        if not isinstance(entries, DictConfig):
             _fail(group, entries, f"a mapping such as {group}.<name>: {{_target_: ...}}, or null")
-        for name, entry in entries.items():
-            if entry is not None and not (isinstance(entry, dict) and "_target_" in entry):
+        nodes: dict[Any, Any] = dict(entries.items())
+        for name, entry in nodes.items():
+            if entry is not None and not (isinstance(entry, DictConfig) and "_target_" in entry):
                 _fail(f"{group}.{name}", entry, "null (leaves it out) or a mapping with a _target_")
 
 

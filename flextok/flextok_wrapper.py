@@ -39,9 +39,9 @@ class FlexTok(nn.Module):
         self.regularizer: Any = regularizer
         self.flow_matching_noise_module: Any = flow_matching_noise_module
         self.pipeline = pipeline(model=self.decoder)
-        self.token_write_key: str = self.regularizer.tokens_write_key
-        self.quants_write_key: str = self.regularizer.quants_write_key
-        self.image_write_key: str = self.vae.images_reconst_write_key
+        self.token_write_key: Any = self.regularizer.tokens_write_key
+        self.quants_write_key: Any = self.regularizer.quants_write_key
+        self.image_write_key: Any = self.vae.images_reconst_write_key
 
     @property
     def downsample_factor(self) -> int:
@@ -132,7 +132,8 @@ class FlexTok(nn.Module):
         for index, ids in enumerate(token_ids_list):
             if ids.ndim != 2 or ids.shape[0] != 1 or not 1 <= ids.shape[1] <= self.num_registers:
                 raise ValueError(
-                    f"token_ids_list[{index}] has shape {tuple(ids.shape)}; valid: [1, l] with l in 1..{self.num_registers}"
+                    f"token_ids_list[{index}] has shape {tuple(ids.shape)}; "
+                    f"valid: [1, l] with l in 1..{self.num_registers}"
                 )
             padded.append(F.pad(ids, (0, self.num_registers - ids.shape[1])))
         quants = self.regularizer.indices_to_embedding(torch.cat(padded).to(self.device))

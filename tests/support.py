@@ -78,9 +78,7 @@ class Untouched:
     """Remembers tensors and the lists that hold them; `check` says whether any of them was written into."""
 
     def __init__(self, data: dict[str, Any]) -> None:
-        self.containers = [
-            (key, value, list(value)) for key, value in data.items() if isinstance(value, list | tuple)
-        ]
+        self.containers = [(key, value, list(value)) for key, value in data.items() if isinstance(value, list | tuple)]
         self.tensors = [(name, tensor, tensor.detach().clone()) for name, tensor in _named_tensors(data)]
 
     def check(self) -> None:
@@ -96,11 +94,12 @@ def _named_tensors(data: dict[str, Any]) -> Iterator[tuple[str, Tensor]]:
         yield from ((f"{key}.{i}", t) for i, t in enumerate(entries) if isinstance(t, Tensor))
 
 
-def randomize(module: nn.Module, std: float = 0.2, seed: int = 0) -> nn.Module:
+def randomize(module: nn.Module, seed: int = 0) -> nn.Module:
     """Random weights everywhere: zero-initialised heads and modulations would make tests pass trivially."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for parameter in module.parameters():
+            std = 0.2 if parameter.ndim < 2 else parameter.shape[-1] ** -0.5
             parameter.copy_(torch.randn(parameter.shape, generator=generator) * std)
     return module
 
@@ -115,5 +114,8 @@ def tiny_decoder(*, mask_mode: str = "full", drop_masked: bool = False) -> nn.Mo
 
     with safe_open(RECORDED / "tiny_attn_masked.safetensors", "pt") as file:
         config = literal_eval(file.metadata()["decoder"])
-    config["module_dict"]["dec_seq_packer"] |= {"mask_mode": mask_mode, "drop_masked": drop_masked}
+    packer = config["module_dict"]["dec_seq_packer"]
+    packer["mask_mode"] = mask_mode
+    if drop_masked:  # files written before this setting existed lack it
+        packer["drop_masked"] = True
     return randomize(instantiate(config)).eval()

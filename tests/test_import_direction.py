@@ -97,7 +97,7 @@ def test_a_part_imports_only_what_lies_below_it(part):
     assert wrong == []
 
 
-def test_helpers_for_everybody_import_nothing_else_when_they_are_imported():
+def test_utils_import_no_other_part_when_they_are_imported():
     """Checkpoints build the model, so they may import it, in the function that does."""
     wrong = [
         str(found)

@@ -114,9 +114,7 @@ def _compiled_flex_attention() -> Any:
     return torch.compile(flex_attention, dynamic=False)
 
 
-def _flex(
-    q: Tensor, k: Tensor, v: Tensor, mask: AttentionMask, *, scale: float, score_mod: ScoreMod | None
-) -> Tensor:
+def _flex(q: Tensor, k: Tensor, v: Tensor, mask: AttentionMask, *, scale: float, score_mod: ScoreMod | None) -> Tensor:
     """FlexAttention where it can run; dense attention with the same mask where it can't."""
     needs_grad = torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v))
     if q.device.type == "cuda" and not isinstance(mask, Tensor):
@@ -124,7 +122,7 @@ def _flex(
         return _compiled_flex_attention()(q, k, v, score_mod=score_mod, block_mask=block_mask, scale=scale)
     if not needs_grad and isinstance(mask, BlockMask):
         # Uncompiled: on CPU compiled FlexAttention is wrong at some sizes, and there is no backward at all.
-        return flex_attention(q, k, v, score_mod=score_mod, block_mask=mask, scale=scale)  # type: ignore[return-value]
+        return flex_attention(q, k, v, score_mod=score_mod, block_mask=mask, scale=scale)
     dense = _dense(mask, q, k)
     if score_mod is None and dense is not None:
         return _sdpa_bool(q, k, v, dense, scale=scale)

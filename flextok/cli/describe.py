@@ -36,6 +36,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     from hydra.errors import HydraException
     from omegaconf.errors import OmegaConfBaseException
+    from yaml import YAMLError
 
     from flextok.cli.module_table import trace_modules
     from flextok.config import describe_error
@@ -46,7 +47,7 @@ def run(args: argparse.Namespace) -> int:
         else:
             config, latent_shape = _from_overrides(args.what)
         rows = trace_modules(config, latent_shape)
-    except (HydraException, OmegaConfBaseException) as error:
+    except (HydraException, OmegaConfBaseException, YAMLError) as error:
         raise ValueError(describe_error(error)) from error
     print("\n".join(_format_table(rows)))
     print()
@@ -61,23 +62,26 @@ def _from_overrides(overrides: list[str]) -> tuple[dict[str, Any], LatentShape]:
 
     missing = [word for word in overrides if "=" not in word and not word.startswith("~")]
     if missing:
-        raise FileNotFoundError(
-            f"{missing[0]} is neither an existing path nor an override such as model=tiny"
-        )
+        raise FileNotFoundError(f"{missing[0]} is neither an existing path nor an override such as model=tiny")
     return _from_full_config(compose(overrides))
 
 
 def _from_full_config(config: Any) -> tuple[dict[str, Any], LatentShape]:
     from omegaconf import OmegaConf
 
+    from flextok.cli.module_table import PARTS
+
     side = config.data.image_size // config.latent.downsample
-    model: Any = OmegaConf.to_container(config.model, resolve=True)
+    # The VAE is not built, so it may still lack the path to its weights.
+    model: dict[str, Any] = {"vae": OmegaConf.to_container(config.model.vae, resolve=False)}
+    model |= {part: OmegaConf.to_container(config.model[part], resolve=True) for part in PARTS}
     return model, (config.latent.channels, side, side)
 
 
 def _from_path(path: Path) -> tuple[dict[str, Any], LatentShape]:
     from omegaconf import OmegaConf
 
+    from flextok.cli.module_table import PARTS
     from flextok.utils.checkpoint import load_metadata, sanitize_hydra_config
 
     if path.is_dir() and (path / "config.yaml").exists():
@@ -88,7 +92,7 @@ def _from_path(path: Path) -> tuple[dict[str, Any], LatentShape]:
         raise ValueError(f"{path}: holds neither a run (config.yaml) nor a model (config.json)")
     else:
         config = load_metadata(path)
-    if not all(isinstance(config.get(part), dict) for part in ("vae", "encoder", "decoder")):
+    if not all(isinstance(config.get(part), dict) for part in ("vae", *PARTS)):
         raise ValueError(f"{path}: its config is not that of a FlexTok")
     return config, _latent_shape(config)
 

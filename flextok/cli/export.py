@@ -13,9 +13,7 @@ from pathlib import Path
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "run_or_ckpt", metavar="RUN_OR_CKPT", type=Path, help="folder of a run, or a .ckpt in one"
-    )
+    parser.add_argument("run_or_ckpt", metavar="RUN_OR_CKPT", type=Path, help="folder of a run, or a .ckpt in one")
     parser.add_argument("out_dir", metavar="OUT_DIR", type=Path, help="folder to write into; made if need be")
     parser.add_argument(
         "--weights",
@@ -31,9 +29,7 @@ def run(args: argparse.Namespace) -> int:
     from flextok.utils.export import export_model
 
     if not args.run_or_ckpt.exists():
-        raise FileNotFoundError(
-            f"RUN_OR_CKPT: {args.run_or_ckpt} does not exist; give a run folder or a .ckpt in one"
-        )
+        raise FileNotFoundError(f"RUN_OR_CKPT: {args.run_or_ckpt} does not exist; give a run folder or a .ckpt in one")
     model, config = load_run(args.run_or_ckpt, weights=args.weights)
     # A run's config holds much besides the model; the model's own has its parts at the top.
     model_config = config.model if "model" in config else config

@@ -67,12 +67,8 @@ def trace_modules(config: Mapping[str, Any], latent_shape: tuple[int, int, int])
 
 def keys_of(settings: Mapping[str, Any]) -> tuple[list[str], list[str]]:
     """Keys read and written according to a module's attributes or settings, by the endings of their names."""
-    reads = [
-        key for name, value in settings.items() if name.endswith(_READ_ENDINGS) for key in _as_keys(value)
-    ]
-    writes = [
-        key for name, value in settings.items() if name.endswith(_WRITE_ENDINGS) for key in _as_keys(value)
-    ]
+    reads = [key for name, value in settings.items() if name.endswith(_READ_ENDINGS) for key in _as_keys(value)]
+    writes = [key for name, value in settings.items() if name.endswith(_WRITE_ENDINGS) for key in _as_keys(value)]
     return list(dict.fromkeys(reads)), list(dict.fromkeys(writes))
 
 

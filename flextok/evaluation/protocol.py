@@ -12,7 +12,6 @@ import torch
 from flextok.evaluation.reconstruction import PSNR_CAP, ssim_sigma, ssim_window
 from flextok.evaluation.settings import EvaluationSettings
 from flextok.evaluation.sweep import SweepResult
-from flextok.training.run_folder import git_revision
 
 PACKAGES = ("flextok", "torch", "numpy", "pillow", "torchmetrics", "lightning", "diffusers", "safetensors")
 
@@ -29,6 +28,8 @@ def build_protocol(
     dtype: torch.dtype,
 ) -> dict[str, Any]:
     """The `protocol` of `metrics.json`."""
+    from flextok.training.run_folder import git_revision
+
     return {
         "split": settings.split,
         "num_images": sweep.num_images,

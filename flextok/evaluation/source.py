@@ -9,8 +9,8 @@ from typing import Any, Literal
 
 from omegaconf import OmegaConf
 
-from flextok.training.run_folder import CHECKPOINTS, CONFIG
-
+# As training writes a run folder; not imported from there, since exports are evaluated without it.
+CONFIG, CHECKPOINTS = "config.yaml", "checkpoints"
 EXPORT_FILES = ("config.json", "model.safetensors")
 VALID = (
     "a run folder, a .ckpt file inside one, a .safetensors file, an exported folder (config.json and "

@@ -41,8 +41,8 @@ def normalized_guidance(
 ) -> Float[Tensor, "... c h w"]:
     """Guidance along the part of the difference orthogonal to the conditional prediction, its norm bounded.
 
-    Norms and products run over the last three axes, separately for each leading index. `eta` is the share of the parallel
-    part that is kept; a `norm_threshold` of 0 does not bound.
+    Norms and products run over the last three axes, separately for each leading index. `eta` is the share of the
+    parallel part that is kept; a `norm_threshold` of 0 does not bound.
     """
     difference = conditional - unconditional
     if momentum_buffer is not None:

@@ -3,18 +3,18 @@
 import torch
 from torch import Tensor, nn
 
-from flextok.flow_matching.path import interpolate, mode_times, stratified_normal
+from flextok.flow_matching.path import interpolate, mode_times, shift_times, stratified_normal
 from flextok.model.data_dict import RNG_KEY, DataDict, Generators
-from flextok.model.draw import draw_normal, draw_uniform
+from flextok.model.draw import draw_normal, draw_uniform, generator_per_sample
 from flextok.model.packed_list import PackedList
 
 
 class MinRFNoiseModule(nn.Module):
     """Move each sample to a random time of its path to noise.
 
-    Times are logit-normal with `ln` (one per stratum of the batch with `stratisfied`), else uniform or, with `mode_scale`,
-    mode-distributed. The noise is read from `noise_read_key` or drawn. Writes the noised samples, the noise, and the times
-    `[batch]` under two keys.
+    Times are logit-normal with `ln` (one per stratum of the batch with `stratisfied`), else uniform or, with
+    `mode_scale`, mode-distributed; `timestep_shift` (ours, not in published configs) then moves them. The noise is read
+    from `noise_read_key` or drawn. Writes the noised samples, the noise, and the times `[batch]` under two keys.
     """
 
     def __init__(
@@ -28,6 +28,7 @@ class MinRFNoiseModule(nn.Module):
         mode_scale: float = 0.0,
         noise_write_key: str = "flow_noise",
         noise_read_key: str | None = None,
+        timestep_shift: float = 1.0,
     ) -> None:
         super().__init__()
         self.clean_images_read_key = clean_images_read_key
@@ -39,9 +40,15 @@ class MinRFNoiseModule(nn.Module):
         self.mode_scale = mode_scale
         self.noise_write_key = noise_write_key
         self.noise_read_key = noise_read_key
+        if timestep_shift <= 0:
+            raise ValueError(f"timestep_shift={timestep_shift} must be positive; 1 leaves the times alone")
+        self.timestep_shift = timestep_shift
 
     def _draw_times(self, batch: int, generator: Generators) -> Tensor:
         """`[batch]`, on the CPU."""
+        return shift_times(self._draw_unshifted_times(batch, generator), self.timestep_shift)
+
+    def _draw_unshifted_times(self, batch: int, generator: Generators) -> Tensor:
         if not self.ln:
             return mode_times(draw_uniform((batch,), generator, "cpu"), self.mode_scale)
         if self.stratisfied:
@@ -56,8 +63,7 @@ class MinRFNoiseModule(nn.Module):
         if isinstance(clean, PackedList):
             x = clean.tensor
             return PackedList(draw_normal(x.shape, generator, x.device, x.dtype))
-        per_sample = [generator] * len(clean) if not isinstance(generator, list | tuple) else [[g] for g in generator]
-        pairs = zip(clean, per_sample, strict=True)
+        pairs = zip(clean, generator_per_sample(generator, len(clean)), strict=True)
         return [draw_normal(x.shape, g, x.device, x.dtype) for x, g in pairs]
 
     def forward(self, data_dict: DataDict) -> DataDict:

@@ -39,6 +39,15 @@ def mode_times(u: Float[Tensor, " batch"], mode_scale: float) -> Float[Tensor, "
     return 1 - u - mode_scale * (torch.cos(math.pi * u / 2) ** 2 - 1 + u)
 
 
+def shift_times(t: Float[Tensor, " batch"], shift: float) -> Float[Tensor, " batch"]:
+    """Times moved towards noise (`shift` > 1) or data (< 1): `shift * t / (1 + (shift - 1) * t)`; 0 and 1 stay.
+
+    Where few pixels say much about all others, most of the path is easy; the shift spends training where the tokens
+    decide. Source: arXiv 2403.03206, section 5.3.2.
+    """
+    return shift * t / (1 + (shift - 1) * t)
+
+
 def stratified_normal(u: Float[Tensor, " batch"]) -> Float[Tensor, " batch"]:
     """Standard normal values, one in each of `batch` strata of equal probability, from uniform values."""
     strata = (torch.arange(u.shape[0], device=u.device) + u) / u.shape[0]

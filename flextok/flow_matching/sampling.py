@@ -1,6 +1,6 @@
 """Samplers: plain functions of a velocity. Samples of several sizes travel as a list of tensors `[b, c, h, w]`."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterator
 from functools import partial
 
 from torch import Tensor
@@ -16,12 +16,12 @@ Guidance = Callable[[Tensor, Tensor, float], Tensor]
 APG_MOMENTUM = -0.5
 
 
-def sample_euler(velocity: Velocity, noise: Samples, num_steps: int, wrap: Callable[[Iterable], Iterable] = iter) -> Samples:
-    """Integrate from noise (t = 1) to data (t = 0) in equal steps; `wrap` may show progress over the steps."""
+def sample_euler(velocity: Velocity, noise: Samples, num_steps: int) -> Iterator[tuple[float, Samples, Samples]]:
+    """Integrate from noise (t = 1) to data (t = 0) in equal steps, yielding `(t, x before, x after)` of each."""
     x = noise
-    for t, dt in wrap(list(euler_times(num_steps))):
-        x = [sample + dt * v for sample, v in zip(x, velocity(x, t), strict=True)]
-    return x
+    for t, dt in euler_times(num_steps):
+        before, x = x, [sample + dt * v for sample, v in zip(x, velocity(x, t), strict=True)]
+        yield t, before, x
 
 
 def guided(pair: Callable[[Samples, float], tuple[Samples, Samples]], scale: GuidanceScale, *, apg: bool) -> Velocity:
@@ -36,7 +36,8 @@ def guided(pair: Callable[[Samples, float], tuple[Samples, Samples]], scale: Gui
         if not buffers:
             buffers.extend(MomentumBuffer(APG_MOMENTUM) for _ in x)
         combine: list[Guidance] = [
-            partial(normalized_guidance, momentum_buffer=buffer) if apg else classifier_free_guidance for buffer in buffers
+            partial(normalized_guidance, momentum_buffer=buffer) if apg else classifier_free_guidance
+            for buffer in buffers
         ]
         triples = zip(combine, *pair(x, t), strict=True)
         return [guide(conditional, unconditional, strength) for guide, conditional, unconditional in triples]

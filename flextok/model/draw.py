@@ -21,10 +21,14 @@ def _draw(
 ) -> Tensor:
     if generator is None:
         return fn(tuple(shape), device=device, dtype=dtype)
+    if not isinstance(generator, torch.Generator) and len(generator) == 1 == shape[0]:
+        generator = generator[0]
     if isinstance(generator, torch.Generator):
         return fn(tuple(shape), generator=generator, device=generator.device, dtype=dtype).to(device)
     if len(generator) != shape[0]:
-        raise ValueError(f"rng holds {len(generator)} generators for a batch of {shape[0]}; give one, or one per sample")
+        raise ValueError(
+            f"rng holds {len(generator)} generators for a batch of {shape[0]}; give one, or one per sample"
+        )
     rows = [fn((1, *shape[1:]), generator=g, device=g.device, dtype=dtype) for g in generator]
     return torch.cat(rows).to(device)
 
@@ -42,6 +46,15 @@ def draw_normal(
 def draw_uniform(shape: Sequence[int], generator: Generators, device: torch.device | str | None = None) -> Tensor:
     """Uniform values in [0, 1) of `shape`, whose leading axis is the batch; drawn where the generator lives."""
     return _draw(torch.rand, shape, generator, device, None)
+
+
+def generator_per_sample(generator: Generators, batch: int) -> list[Generators]:
+    """One source of randomness for each of `batch` draws, made sample by sample."""
+    if generator is None or isinstance(generator, torch.Generator):
+        return [generator] * batch
+    if len(generator) != batch:
+        raise ValueError(f"{len(generator)} generators for a batch of {batch}; give one, or one per sample")
+    return [[sample_generator] for sample_generator in generator]
 
 
 def one_generator(generator: Generators) -> torch.Generator | None:

@@ -30,5 +30,6 @@ def check_keep_k_mode(mode: str, num_tokens: int | None = None) -> None:
         raise ValueError(f"size_sampling_mode={mode!r} is unknown; valid: {', '.join(get_args(KeepKMode))}")
     if mode == "pow2" and num_tokens is not None and num_tokens & (num_tokens - 1):
         raise ValueError(
-            f"size_sampling_mode='pow2' needs a power of two of tokens, got {num_tokens}; use 'uniform' or 'uniform_pow2'"
+            f"size_sampling_mode='pow2' needs a power of two of tokens, got {num_tokens}; "
+            f"use 'uniform' or 'uniform_pow2'"
         )

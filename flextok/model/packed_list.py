@@ -13,12 +13,12 @@ class PackedList(Sequence[Tensor]):
     """Immutable sequence of samples in one tensor; indexing gives views.
 
     Samples of one shape are stored as `[batch, *shape]` (any axis order). Samples of different shapes are stored as
-    `[total_tokens, width]`: all axes but the last flattened row-major, one sample after another. Modules work on `tensor`
-    with one call for the whole batch; code written for lists indexes and iterates.
+    `[total_tokens, width]`: all axes but the last flattened row-major, one sample after another. Modules work on
+    `tensor` with one call for the whole batch; code written for lists indexes and iterates.
     """
 
     def __init__(self, tensor: Tensor, shapes: Sequence[tuple[int, ...]] | None = None) -> None:
-        """`shapes=None`: `tensor` is `[batch, *shape]`. Else `tensor` is `[total_tokens, width]`, `shapes` whole entries."""
+        """Without `shapes`, `tensor` is `[batch, *shape]`; else `[total_tokens, width]`, and they are the entries'."""
         self.tensor = tensor
         self._shapes = None if shapes is None else tuple(tuple(shape) for shape in shapes)
 

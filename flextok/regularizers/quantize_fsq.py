@@ -7,8 +7,9 @@ import torch
 from torch import Tensor, nn
 
 from flextok.model.data_dict import RNG_KEY, DataDict, Generators
-from flextok.model.draw import draw_uniform, one_generator
+from flextok.model.draw import draw_uniform, generator_per_sample, one_generator
 from flextok.model.packed_list import PackedList
+from flextok.utils.misc import get_autocast_context
 
 
 class FSQ(nn.Module):
@@ -17,8 +18,8 @@ class FSQ(nn.Module):
     Even level counts are not symmetric: 8 levels give -1 .. 0.75, 2 levels give {-1, 0}. The id is a mixed-radix number
     whose fastest digit is the first channel. Training may leave a share of the samples unrounded (`drop_quant_p`) and,
     with probability `apply_corrupt_tokens_p` per call, replace a share of tokens drawn from
-    [`min_corrupt_tokens_p`, `corrupt_tokens_p`] by random codes. `packed_call` is accepted for published configs; entries
-    are quantized independently of each other, so there is nothing to choose.
+    [`min_corrupt_tokens_p`, `corrupt_tokens_p`] by random codes. `packed_call` is accepted for published configs;
+    entries are quantized independently of each other, so there is nothing to choose.
     """
 
     _levels: Tensor
@@ -88,51 +89,58 @@ class FSQ(nn.Module):
 
     def corrupt_quant(self, quant: Tensor, generator: Generators = None) -> Tensor:
         """Replace a random share of the codes `[b, ..., d]` by codes of the book drawn uniformly."""
-        positions = quant.shape[:-1]
-        low, high = self.min_corrupt_tokens_p, self.corrupt_tokens_p
-        share = low + (high - low) * draw_uniform((1,), one_generator(generator), quant.device)
-        replaced = draw_uniform(positions, generator, quant.device) < share
-        ids = (draw_uniform(positions, generator, quant.device) * self.codebook_size).long()
-        return torch.where(replaced[..., None], self.indices_to_embedding(ids), quant)
+        return self._corrupt(PackedList(quant), generator)
 
     def forward_z(self, z: Tensor, generator: Generators = None) -> tuple[Tensor, Tensor]:
-        """Codes `[b, ..., d]` float32 and ids `[b, ...]` int64 of latents `[b, ..., d]`; in training with random drops."""
-        with torch.autocast(device_type=z.device.type, enabled=False):
-            z = z.float()
-            quant = self.quantize(z)
-            if self.training and self.drop_quant_p > 0.0:
-                dropped = draw_uniform((z.shape[0],), generator, z.device) < self.drop_quant_p
-                unrounded = self.bound(z) / (self._levels // 2)
-                quant = torch.where(dropped.view(-1, *(1,) * (z.ndim - 1)), unrounded, quant)
-            if self.training and self.corrupt_tokens_p > 0.0:
-                applies = draw_uniform((1,), one_generator(generator), "cpu").item() < self.apply_corrupt_tokens_p
-                quant = self.corrupt_quant(quant, generator) if applies else quant
-            return quant, self.codes_to_indices(quant).long()
+        """Codes `[b, ..., d]` float32 and ids `[b, ...]` int64 of latents `[b, ..., d]`; random drops in training."""
+        quants = self._quantize_samples(PackedList(z), generator).tensor
+        return quants, self.codes_to_indices(quants).long()
 
     def forward(self, data_dict: DataDict) -> DataDict:
         latents, generator = data_dict[self.latents_read_key], data_dict.get(RNG_KEY)
         if isinstance(latents, Tensor):
-            quants, tokens = self._forward_entry(latents, generator)
-            data_dict[self.quants_write_key], data_dict[self.tokens_write_key] = quants, tokens
+            # Images come channels first.
+            quants, tokens = self.forward_z(latents.movedim(1, -1) if latents.ndim == 4 else latents, generator)
+            data_dict[self.quants_write_key] = quants.movedim(-1, 1) if latents.ndim == 4 else quants
+            data_dict[self.tokens_write_key] = tokens
             return data_dict
-        latents = PackedList.pack_if_uniform(latents)
-        if isinstance(latents, PackedList) and latents.is_uniform:
-            quants, tokens = self._forward_entry(latents.tensor, generator)
-            data_dict[self.quants_write_key], data_dict[self.tokens_write_key] = PackedList(quants), PackedList(tokens)
-            return data_dict
-        per_sample = generator if isinstance(generator, Sequence) else [generator] * len(latents)
-        pairs = zip(latents, per_sample, strict=True)
-        results = [self._forward_entry(entry, g if g is None else [g]) for entry, g in pairs]
-        data_dict[self.quants_write_key] = [quants for quants, _ in results]
-        data_dict[self.tokens_write_key] = [tokens for _, tokens in results]
+        are_images = latents[0].ndim == 4
+        packed = PackedList.pack([entry.movedim(1, -1) for entry in latents] if are_images else latents)
+        codes = self._quantize_samples(packed, generator)
+        data_dict[self.quants_write_key] = [entry.movedim(-1, 1) for entry in codes] if are_images else codes
+        ids = self.codes_to_indices(codes.tensor).long()
+        if codes.is_uniform:
+            data_dict[self.tokens_write_key] = PackedList(ids)
+        else:
+            parts = zip(ids.split(codes.num_tokens), codes.shapes, strict=True)
+            data_dict[self.tokens_write_key] = [part.view(shape[:-1]) for part, shape in parts]
         return data_dict
 
-    def _forward_entry(self, latents: Tensor, generator: Generators) -> tuple[Tensor, Tensor]:
-        """`forward_z`; entries `[b, d, h, w]` are images, channels first."""
-        if latents.ndim == 4:
-            quants, tokens = self.forward_z(latents.movedim(1, -1), generator)
-            return quants.movedim(-1, 1), tokens
-        return self.forward_z(latents, generator)
+    def _quantize_samples(self, latents: PackedList, generator: Generators) -> PackedList:
+        """The codes of all samples, float32; what training drops or corrupts is drawn for each sample."""
+        with get_autocast_context(latents.tensor, "fp32"):
+            latents = latents.map(Tensor.float)
+            codes = latents.map(self.quantize)
+            if self.training and self.drop_quant_p > 0.0:
+                dropped = draw_uniform((len(latents), 1), generator, codes.tensor.device) < self.drop_quant_p
+                unrounded = self.bound(latents.tensor) / (self._levels // 2)
+                codes = codes.map(lambda x: torch.where(latents.repeat_rows(dropped), unrounded, x))
+            if self.training and self.corrupt_tokens_p > 0.0:
+                applies = draw_uniform((1,), one_generator(generator), "cpu").item() < self.apply_corrupt_tokens_p
+                codes = codes.map(lambda x: self._corrupt(codes, generator)) if applies else codes
+            return codes
+
+    def _corrupt(self, codes: PackedList, generator: Generators) -> Tensor:
+        device = codes.tensor.device
+        low, high = self.min_corrupt_tokens_p, self.corrupt_tokens_p
+        share = low + (high - low) * draw_uniform((1,), one_generator(generator), device)
+        if codes.is_uniform:
+            draws = draw_uniform((*codes.tensor.shape[:-1], 2), generator, device)
+        else:
+            pairs = zip(codes.num_tokens, generator_per_sample(generator, len(codes)), strict=True)
+            draws = torch.cat([draw_uniform((1, n, 2), g, device)[0] for n, g in pairs])
+        random_codes = self.indices_to_embedding((draws[..., 1] * self.codebook_size).long())
+        return torch.where(draws[..., :1] < share, random_codes, codes.tensor)
 
     def extra_repr(self) -> str:
         return f"levels={self.levels}, codebook_size={self.codebook_size}"

@@ -12,7 +12,7 @@ from flextok.utils.checkpoint import atomic_path
 
 
 class CsvLogger(Logger):
-    """Writes `metrics.csv` into the run folder: one row per step, one column per metric.
+    """Writes `metrics.csv` into the run folder: one column per metric, one row per number of steps done.
 
     A run that goes on in its old folder appends, and replaces the rows written beyond its checkpoint.
     (Lightning's `CSVLogger` deletes the file it finds.)
@@ -43,20 +43,24 @@ class CsvLogger(Logger):
 
     @rank_zero_only
     def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
-        """Collect the metrics of one step; the row is written when the next step begins."""
+        """Collect the metrics of one step; the row is written when those of another arrive."""
         if step is None:
             raise ValueError("metrics.csv needs the step of every metric")
-        if self._columns is None:
-            self._open(step)
-        if self._row and self._row["step"] != step:
-            self.save()
-        self._row.update(metrics, step=step)
+        steps_done = step + 1  # Lightning counts from 0; pictures, checkpoints and log lines do not.
+        if self._row.get("step", steps_done) != steps_done:
+            self._write_row()
+        self._row.update(metrics, step=steps_done)
 
     @rank_zero_only
-    def save(self) -> None:
-        """Write the row that is being collected."""
+    def finalize(self, status: str) -> None:
+        """Write what is left, however the run ended."""
+        self._write_row()
+
+    def _write_row(self) -> None:
         if not self._row:
             return
+        if self._columns is None:
+            self._open(self._row["step"])
         assert self._columns is not None
         if missing := [name for name in self._row if name not in self._columns]:
             self._columns += sorted(missing)
@@ -64,11 +68,6 @@ class CsvLogger(Logger):
         with self.path.open("a", newline="") as file:
             csv.DictWriter(file, self._columns).writerow(self._row)
         self._row = {}
-
-    @rank_zero_only
-    def finalize(self, status: str) -> None:
-        """Write what is left, however the run ended."""
-        self.save()
 
     def _open(self, first_step: int) -> None:
         rows = [row for row in self._read() if int(row["step"]) < first_step]

@@ -35,6 +35,7 @@ class TrainingRun:
 
 def run(cfg: DictConfig) -> dict[str, float]:
     """Train as the config says and return the last value of every metric."""
+    _leave_logging_to_hydra()
     check_config(cfg)
     resume_from = None if cfg.ckpt_path is None else checkpoint_of_run(cfg.ckpt_path)
     if resume_from is not None:
@@ -83,6 +84,14 @@ def start_from(model: FlexTok, path: str) -> None:
             "valid: a file whose model, vae and size settings are those of this config"
         )
     model.load_state_dict(tensors)
+
+
+def _leave_logging_to_hydra() -> None:
+    """Lightning adds handlers of its own and would say everything twice."""
+    if logging.getLogger().hasHandlers():
+        for name in ("lightning", "lightning.pytorch", "lightning.fabric"):
+            logging.getLogger(name).handlers.clear()
+            logging.getLogger(name).propagate = True
 
 
 def _build_trainer(cfg: DictConfig) -> Trainer:

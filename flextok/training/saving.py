@@ -8,6 +8,7 @@ from typing import Any
 from lightning import LightningModule, Trainer
 from lightning.pytorch.callbacks import Checkpoint
 from lightning.pytorch.utilities.exceptions import SIGTERMException
+from torch.optim import Optimizer
 
 logger = logging.getLogger(__name__)
 
@@ -29,34 +30,46 @@ class RegularCheckpoint(Checkpoint):
         self.folder = Path(folder)
         self.every_n_steps = every_n_steps
         self.keep_every_n_steps = keep_every_n_steps
+        self._first_step: int | None = None
         self._last_step = 0
         self._completed: tuple[int, dict[str, Any]] | None = None
+        self._is_updating = False
         self._interrupted = False
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._last_step = trainer.global_step
+        self._first_step = self._last_step = trainer.global_step
+
+    def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
+        self._is_updating = True
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
+        self._is_updating = False
         step = trainer.global_step
         if step == self._last_step or trainer.fast_dev_run:  # type: ignore[attr-defined]
             return
         self._last_step = step
         self._completed = (step, deepcopy(trainer.fit_loop.state_dict()))
         if step % self.every_n_steps == 0 or step == trainer.max_steps or trainer.should_stop:
-            trainer.save_checkpoint(self.folder / LAST)
+            trainer.save_checkpoint(self.folder / LAST, weights_only=False)
         if self.keep_every_n_steps is not None and step % self.keep_every_n_steps == 0:
-            trainer.save_checkpoint(self.folder / f"step_{step:08d}.ckpt")
+            trainer.save_checkpoint(self.folder / f"step_{step:08d}.ckpt", weights_only=False)
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        if self._completed is None:
-            return
+        if self._first_step is None or trainer.global_step == self._first_step:
+            return  # Nothing was learned: whatever there is on disk is as good.
         # SIGTERM stops all ranks at one step; any other exception is alone on its rank, and saving waits for all.
         if trainer.world_size > 1 and not isinstance(exception, SIGTERMException):
             return
+        progress: Any = trainer.fit_loop.epoch_loop.batch_progress.total
+        if self._is_updating and progress.processed < progress.started:
+            logger.warning(
+                "interrupted while the weights changed: continue with an older checkpoint in %s", self.folder
+            )
+            return
         self._interrupted = True
-        trainer.save_checkpoint(self.folder / LAST)
+        trainer.save_checkpoint(self.folder / LAST, weights_only=False)
         logger.info("interrupted; continue with ckpt_path=%s", self.folder / LAST)
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:

@@ -92,9 +92,7 @@ def load_metadata(path: PathLike) -> dict[str, Any]:
         raise ValueError(f"{path}: not a readable safetensors file: {error}") from error
     num_chars = sum(len(key) + len(text) for key, text in metadata.items())
     if num_chars > MAX_METADATA_CHARS:
-        raise ValueError(
-            f"{path}: {num_chars:,} characters of metadata; at most {MAX_METADATA_CHARS:,} are read"
-        )
+        raise ValueError(f"{path}: {num_chars:,} characters of metadata; at most {MAX_METADATA_CHARS:,} are read")
     config = {}
     for key, text in metadata.items():
         try:
@@ -125,7 +123,11 @@ def atomic_path(path: PathLike) -> Iterator[Path]:
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
     try:
+        temporary.touch(exist_ok=False)
+        mode = temporary.stat().st_mode
         yield temporary
+        # safetensors makes files that only their owner can read; a new file has the rights that the user's umask gives.
+        temporary.chmod(mode)
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
@@ -144,8 +146,7 @@ def _format_metadata(metadata_dict: Mapping[str, Any] | None) -> dict[str, str]:
 
 
 def _independent_tensors(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Contiguous CPU tensors, no two of which share memory: safetensors refuses what the file could not
-    express."""
+    """Contiguous CPU tensors, no two of which share memory: safetensors refuses to write others."""
     tensors = {}
     seen_storages = set()
     for name, tensor in state_dict.items():

@@ -115,9 +115,7 @@ class _Sanitizer:
             _refuse(path, type(value), f"a config is at most {MAX_DEPTH} levels deep")
         self.open_containers.add(id(value))
         if isinstance(value, dict):
-            clean: Any = {
-                key: self.copy(child, place, depth + 1) for key, child, place in _checked_items(value, path)
-            }
+            clean: Any = {key: self.copy(child, place, depth + 1) for key, child, place in _checked_items(value, path)}
             _check_special_keys(clean, path)
         else:
             items = (self.copy(child, f"{path}[{i}]", depth + 1) for i, child in enumerate(value))
@@ -131,9 +129,7 @@ def _to_plain(value: Any, path: str) -> Any:
         # Not resolved: an interpolation has to be seen and refused, not followed.
         return OmegaConf.to_container(value, resolve=False, structured_config_mode=SCMode.DICT)
     except RecursionError as error:
-        raise ValueError(
-            f"config, {path or 'top level'}: a config is at most {MAX_DEPTH} levels deep"
-        ) from error
+        raise ValueError(f"config, {path or 'top level'}: a config is at most {MAX_DEPTH} levels deep") from error
 
 
 def _checked_items(mapping: dict[Any, Any], path: str) -> Iterator[tuple[str, Any, str]]:

@@ -43,9 +43,7 @@ def format_value(value: Any) -> str:
                 return text
         except ValueError as error:
             reason = str(error)
-    raise ValueError(
-        f"cannot be written as text: {reason}; use strings, finite numbers, booleans, None and containers"
-    )
+    raise ValueError(f"cannot be written as text: {reason}; use strings, finite numbers, booleans, None and containers")
 
 
 def parse_value(text: str) -> Any:

@@ -69,7 +69,5 @@ def _to_tensor(image: "Image", image_size: int) -> Tensor:
     scale = image_size / min(width, height)
     width, height = max(image_size, round(width * scale)), max(image_size, round(height * scale))
     left, top = (width - image_size) // 2, (height - image_size) // 2
-    image = image.resize((width, height), Resampling.BICUBIC).crop(
-        (left, top, left + image_size, top + image_size)
-    )
+    image = image.resize((width, height), Resampling.BICUBIC).crop((left, top, left + image_size, top + image_size))
     return torch.from_numpy(np.array(image)).permute(2, 0, 1)[None].float() / 127.5 - 1

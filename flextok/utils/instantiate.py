@@ -4,10 +4,10 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 import hydra.utils
+import torch
 from hydra.errors import HydraException
 from omegaconf.errors import OmegaConfBaseException
-from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
+from torch import nn
 
 from flextok.utils.config_safety import sanitize_hydra_config
 
@@ -37,20 +37,19 @@ def instantiate_parts(config: Any) -> dict[str, Any]:
             if isinstance(part, nn.Module) or not callable(part) or not config[name].get("_partial_", False):
                 raise ValueError("config, pipeline: needs _partial_: true, for its model is only known later")
         elif not isinstance(part, nn.Module):
-            raise ValueError(
-                f"config, {name}: {config[name]['_target_']} builds a {type(part).__name__}, not a module"
-            )
+            raise ValueError(f"config, {name}: {config[name]['_target_']} builds a {type(part).__name__}, not a module")
     return parts
 
 
 def build_model(config: Any) -> nn.Module:
     """Sanitise a config and build the model it describes: a FlexTok, unless `_target_` names another module.
 
-    Weights that would be random are left unset, to be loaded next. Raises ValueError.
+    Its weights are to be loaded next, so that the random ones it starts with leave torch's generator as it was. Raises
+    ValueError.
     """
     config = sanitize_hydra_config(config)
     target = config.get("_target_", _FLEXTOK_TARGETS[0])
-    with _SkipRandomFills():
+    with torch.random.fork_rng(devices=[]):
         if target not in _FLEXTOK_TARGETS:
             model = _instantiate(config, "top level")
         else:
@@ -85,12 +84,7 @@ def _check_latent_widths(config: Mapping[str, Any]) -> None:
     ):
         for name, module in _modules(config[part]):
             width = module.get(width_name)
-            if (
-                own_key is not None
-                and module.get(key) == own_key
-                and isinstance(width, int)
-                and width != len(levels)
-            ):
+            if own_key is not None and module.get(key) == own_key and isinstance(width, int) and width != len(levels):
                 raise ValueError(
                     f"config, {part}.module_dict.{name}.{width_name}: {width} does not fit "
                     f"regularizer.levels ({levels}); valid is {len(levels)}"
@@ -101,33 +95,3 @@ def _modules(part: Mapping[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
     modules = part.get("module_dict")
     if isinstance(modules, dict):
         yield from ((name, module) for name, module in modules.items() if isinstance(module, dict))
-
-
-class _SkipRandomFills(TorchFunctionMode):
-    """Leaves memory that would be filled with random numbers as it is: a loader overwrites all of it.
-
-    Building on the meta device would save as much, but would also leave tables that no checkpoint holds
-    without values.
-    """
-
-    # The functions of nn.init are listed beside the methods they call, for a mode does not see what runs
-    # inside it.
-    fills = frozenset(
-        {
-            Tensor.normal_,
-            Tensor.uniform_,
-            nn.init.kaiming_normal_,
-            nn.init.kaiming_uniform_,
-            nn.init.normal_,
-            nn.init.trunc_normal_,
-            nn.init.uniform_,
-            nn.init.xavier_normal_,
-            nn.init.xavier_uniform_,
-        }
-    )
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        if func in self.fills:
-            return args[0] if args else kwargs["tensor"]
-        return func(*args, **kwargs)

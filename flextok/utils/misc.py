@@ -27,9 +27,7 @@ def str_to_dtype(dtype: str | torch.dtype | None) -> torch.dtype | None:
     return _DTYPES[dtype]
 
 
-def get_autocast_context(
-    x: Tensor | Sequence[Tensor], dtype: str | torch.dtype | None
-) -> AbstractContextManager[Any]:
+def get_autocast_context(x: Tensor | Sequence[Tensor], dtype: str | torch.dtype | None) -> AbstractContextManager[Any]:
     """The autocast region for a computation on `x` (a tensor or a list of tensors on one device).
 
     None leaves everything as it is, float32 turns autocast off, and another dtype turns it on. Turning it off

@@ -4,7 +4,9 @@ import os
 
 import pytest
 
+from flextok.evaluation import source as source_module
 from flextok.evaluation.source import find_source
+from flextok.training import run_folder
 
 
 @pytest.fixture
@@ -67,3 +69,8 @@ def test_anything_else_is_refused_with_what_is_valid(tmp_path, name):
 def test_latest_without_runs_says_where_it_looked(tmp_path):
     with pytest.raises(ValueError, match=f"below {tmp_path / 'runs'}"):
         find_source("latest", runs=tmp_path / "runs")
+
+
+def test_names_in_a_run_folder_are_those_of_training():
+    assert source_module.CONFIG == run_folder.CONFIG
+    assert source_module.CHECKPOINTS == run_folder.CHECKPOINTS

@@ -208,7 +208,6 @@ def test_decoding_twice_from_one_dictionary_gives_the_same(model):
     data = model.encode({"rgb": [torch.rand(1, 3, 64, 64) * 2 - 1 for _ in range(2)]})
     options = {"timesteps": 2, "vae_image_sizes": 8, "verbose": False, "guidance_scale": 2.0}
     first, second = (
-        list(model.decode(data, generator=torch.Generator().manual_seed(0), **options)["rgb_reconst"])
-        for _ in range(2)
+        list(model.decode(data, generator=torch.Generator().manual_seed(0), **options)["rgb_reconst"]) for _ in range(2)
     )
     assert_all_close(first, second, tol=1e-6)

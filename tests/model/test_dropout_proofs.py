@@ -45,7 +45,7 @@ def inputs_for(sizes, seed=0):
 
 def decode(decoder, data, keep_ks=None, **extra):
     """Velocities and full-length register outputs of a call that leaves `data` as it is."""
-    given = {} if keep_ks is None else {"eval_keep_k": list(keep_ks)}
+    given = {} if keep_ks is None else {"eval_keep_k": list(keep_ks[: len(data["timesteps"])])}
     out = decoder({**data, **given, **extra})
     return list(out["vae_latents_reconst"]), list(out["dec_registers_proj"])
 
@@ -97,7 +97,7 @@ def test_dropped_registers_receive_exactly_no_gradient(mask_mode, drop_masked, s
     parameters = dict(decoder.named_parameters())
     used = [name for name in parameters if "nullcond" not in name and parameters[name].requires_grad]
     gradients = torch.autograd.grad(loss, [*quants, *(parameters[name] for name in used)])
-    for gradient, keep_k in zip(gradients, keep_ks, strict=False):
+    for gradient, keep_k in zip(gradients[: len(quants)], keep_ks, strict=False):
         assert (gradient[:, keep_k:] == 0).all()
         assert (gradient[:, :keep_k] != 0).any(-1).all()
     for name, gradient in zip(used, gradients[len(quants) :], strict=True):
@@ -141,9 +141,7 @@ def test_a_dictionary_used_twice_gives_what_its_second_call_asks_for(drop_masked
 @torch.no_grad()
 def test_more_than_there_are_means_all(drop_masked, keep_k):
     decoder, data = decoder_for(drop_masked=drop_masked), inputs_for(MIXED[:2])
-    for velocity, wanted in zip(
-        decode(decoder, data, [keep_k, 3])[0], decode(decoder, data, [16, 3])[0], strict=True
-    ):
+    for velocity, wanted in zip(decode(decoder, data, [keep_k, 3])[0], decode(decoder, data, [16, 3])[0], strict=True):
         assert max_difference(velocity, wanted) < 1e-6
 
 
@@ -191,9 +189,7 @@ def fully_masked_layouts():
     yield "block mask", SequenceLayout(lengths, keep_last=(0, 2), total=total).block_mask(torch.device("cpu"))
 
 
-@pytest.mark.parametrize(
-    "mask", [pytest.param(m, id=name.replace(" ", "_")) for name, m in fully_masked_layouts()]
-)
+@pytest.mark.parametrize("mask", [pytest.param(m, id=name.replace(" ", "_")) for name, m in fully_masked_layouts()])
 def test_rows_without_a_visible_key_give_zeros_forward_and_backward(mask):
     dense = mask if isinstance(mask, torch.Tensor) else None
     if isinstance(mask, SequenceLayout):

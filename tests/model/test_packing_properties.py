@@ -86,11 +86,7 @@ def test_a_row_of_fixed_length_is_unpacked_too(batch, spare):
 @given(batches())
 def test_samples_lie_one_after_another_each_with_its_sub_sequences_in_order(batch):
     data = make_packer(len(batch))(random_inputs(batch))
-    rows = [
-        data[f"in{key}"][sample].reshape(-1, WIDTH)
-        for sample in range(len(batch[0]))
-        for key in range(len(batch))
-    ]
+    rows = [data[f"in{key}"][sample].reshape(-1, WIDTH) for sample in range(len(batch[0])) for key in range(len(batch))]
     assert torch.equal(data["sequence"][0], torch.cat(rows))
     lengths = [sum(math.prod(keys[i]) for keys in batch) for i in range(len(batch[0]))]
     assert [tuple(shape) for shape in data["outer"]] == [(n,) for n in lengths]
@@ -101,9 +97,7 @@ def test_samples_lie_one_after_another_each_with_its_sub_sequences_in_order(batc
 
 @given(batches(), st.booleans(), st.sampled_from([None, 128]))
 def test_embeddings_reach_the_tokens_of_their_sub_sequence(batch, per_subsequence, multiple):
-    data = make_packer(len(batch), per_subseq_embs=per_subsequence, pad_to_multiple=multiple)(
-        random_inputs(batch)
-    )
+    data = make_packer(len(batch), per_subseq_embs=per_subsequence, pad_to_multiple=multiple)(random_inputs(batch))
     num_samples, chunks = len(batch[0]), len(batch) if per_subsequence else 1
     emb = torch.randn(num_samples, chunks * 5)
     rows = [

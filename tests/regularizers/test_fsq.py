@@ -138,9 +138,7 @@ def test_quantiser_dropout_hits_whole_samples_one_by_one(packed_call):
     assert 16 <= num_dropped <= 48
 
 
-@pytest.mark.parametrize(
-    "kwargs", [{"drop_quant_p": 0.5}, {"corrupt_tokens_p": 0.5, "apply_corrupt_tokens_p": 1.0}]
-)
+@pytest.mark.parametrize("kwargs", [{"drop_quant_p": 0.5}, {"corrupt_tokens_p": 0.5, "apply_corrupt_tokens_p": 1.0}])
 @pytest.mark.parametrize("packed_call", [True, False])
 def test_training_noise_comes_from_the_generator_in_the_dictionary(kwargs, packed_call):
     fsq = make_fsq([8, 5, 3], packed_call=packed_call, **kwargs).train()
@@ -186,14 +184,21 @@ def test_corruption_replaces_the_asked_share_by_codebook_entries(packed_call):
     assert len(replacements.unique()) > 500
 
 
-def test_corruption_is_decided_per_sample():
-    share = {"corrupt_tokens_p": 1.0, "min_corrupt_tokens_p": 1.0, "apply_corrupt_tokens_p": 0.5}
-    fsq = make_fsq([8, 8, 5, 5], **share).train()
-    entries = sample_list(4, num_tokens=64)
-    ids = fsq({"z": entries, "rng": torch.Generator().manual_seed(0)})["ids"]
+@pytest.mark.parametrize("lengths", [[64] * 4, [64, 40, 64, 30]], ids=["equal", "mixed"])
+def test_corruption_is_decided_once_per_call_and_drawn_for_each_sample(lengths):
+    share = {"corrupt_tokens_p": 0.5, "min_corrupt_tokens_p": 0.5, "apply_corrupt_tokens_p": 0.5}
+    fsq = make_fsq([8, 8, 5, 5], **share)
+    entries = [torch.randn(1, n, 4) for n in lengths]
     clean = fsq.eval()({"z": entries})["ids"]
-    touched = [not torch.equal(a, b) for a, b in zip(ids, clean, strict=True)]
-    assert 16 <= sum(touched) <= 48
+    decisions = []
+    for seed in range(40):
+        ids = fsq.train()({"z": entries, "rng": torch.Generator().manual_seed(seed)})["ids"]
+        changed = [(a != b)[0, :30] for a, b in zip(ids, clean, strict=True)]
+        touched = {bool(c.any()) for c in changed}
+        assert len(touched) == 1, "one call corrupts some samples and spares others"
+        decisions += touched
+        assert not touched.pop() or not torch.equal(changed[0], changed[1])
+    assert 10 <= sum(decisions) <= 30
 
 
 @pytest.mark.parametrize("kwargs", [{"corrupt_tokens_p": 0.9, "apply_corrupt_tokens_p": 0.0}, {}])

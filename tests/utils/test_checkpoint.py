@@ -151,7 +151,7 @@ def test_a_module_is_built_loaded_and_put_into_eval(tmp_path):
     save_safetensors(weights, tmp_path / "a.safetensors", LINEAR)
     state = torch.get_rng_state()
     model = load_model_from_safetensors(tmp_path / "a.safetensors", device="cpu")
-    assert torch.equal(torch.get_rng_state(), state), "loading must not draw random numbers"
+    assert torch.equal(torch.get_rng_state(), state), "loading leaves the generator alone"
     assert not model.training
     assert load_model_from_safetensors(tmp_path / "a.safetensors", to_eval=False).training
     assert all(torch.equal(model.state_dict()[name], tensor) for name, tensor in weights.items())

@@ -8,10 +8,10 @@ MaskMod = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
 
 
 def packed_mask(sample: Tensor, position: Tensor, before_last: Tensor, *, mode: str) -> MaskMod:
-    """Attend within one sample only; `sample` is -1 for tokens that take no part.
+    """Attend within one sample; `sample` is -1 for tokens that take no part.
 
-    Args are `[total]` tensors, one value per token of the packed row. `mode` is `full`, `causal` (position of the key <=
-    that of the query) or `causal_last` (`causal`, or the key lies before the sample's last sub-sequence).
+    Args are `[total]` tensors, one value per token of the packed row. `mode` is `full`, `causal` (position of the key
+    <= that of the query) or `causal_last` (`causal`, or the key lies before the sample's last sub-sequence).
     """
 
     def full(b: Tensor, h: Tensor, q_idx: Tensor, kv_idx: Tensor) -> Tensor:

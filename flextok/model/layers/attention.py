@@ -16,7 +16,8 @@ class FlexAttention(MuPInit):
     """Multi-head attention of queries `[batch, n, dim]` over a context `[batch, m, dim]`.
 
     The softmax scale is `8 / head_dim` with `muP_scale`, equal to the usual `1 / sqrt(head_dim)` only at head_dim 64.
-    `use_flex_attention` is accepted for published configs and has no effect: the backend follows from the mask and device.
+    `use_flex_attention` is accepted for published configs and has no effect: the backend follows from the mask and
+    device.
     """
 
     def __init__(

@@ -18,7 +18,7 @@ def MuReadoutFSDP(in_features: int, out_features: int, bias: bool = True, **kwar
     except ImportError as error:
         raise ImportError("use_mup_readout=true needs the package `mup`: pip install --no-deps mup") from error
 
-    class _MuReadout(MuReadout):  # type: ignore[misc]
+    class _MuReadout(MuReadout):
         def width_mult(self) -> float:
             infshape = getattr(self.weight, "infshape", None) or getattr(self, "weight_infshape", None)
             if infshape is None:

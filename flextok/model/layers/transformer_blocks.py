@@ -23,7 +23,7 @@ def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
 
 
 def _modulation(linear: nn.Sequential, emb: Tensor, packing_fn: EmbPackingFn, length: int, chunks: int) -> list[Tensor]:
-    """Per-token modulation `[1, length, dim]` times `chunks`; zero over padding, where the packing function has no row."""
+    """Per-token modulation, `chunks` tensors `[1, length, dim]`; zero over padding, which the function leaves out."""
     rows = packing_fn(linear(emb))
     if rows.shape[1] < length:
         rows = F.pad(rows, (0, 0, 0, length - rows.shape[1]))

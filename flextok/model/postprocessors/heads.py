@@ -22,7 +22,7 @@ def _readout(dim: int, dim_out: int, *, use_mup: bool, bias: bool) -> nn.Linear:
 
 
 def unpatchify(x: Tensor, patch_sizes: Sequence[int]) -> Tensor:
-    """`[batch, n1 .. nN, p1 * .. * pN * channels]` -> `[batch, n1 p1 .. nN pN, channels]`, the inverse of `patchify`."""
+    """The inverse of `patchify`: `[batch, n1 .. nN, p1 * .. * channels]` -> `[batch, n1 p1 .. nN pN, channels]`."""
     axes = range(len(patch_sizes))
     grid, cell = " ".join(f"n{i}" for i in axes), " ".join(f"p{i}" for i in axes)
     joined = " ".join(f"(n{i} p{i})" for i in axes)
@@ -65,9 +65,9 @@ class LinearHead(MuPInit):
         if self.adaLN_emb_read_key is not None:
             init_linear(self.adaLN_modulation[1], "zero")  # type: ignore[arg-type]
 
-    def _modulation(self, entries: PackedList, data_dict: DataDict) -> tuple[Tensor, Tensor]:
+    def _modulation(self, emb: Tensor, entries: PackedList, data_dict: DataDict) -> tuple[Tensor, Tensor]:
         """Shift and scale that broadcast over `entries.tensor`."""
-        rows = self.adaLN_modulation(data_dict[self.adaLN_emb_read_key])
+        rows = self.adaLN_modulation(emb)
         if self.adaLN_packing_fn_read_key is None:
             rows = entries.repeat_rows(rows)
         else:
@@ -80,7 +80,7 @@ class LinearHead(MuPInit):
         with get_autocast_context(entries.tensor, self.dtype_override):
             entries = entries.map(lambda x: self.norm(x.to(self.proj.weight.dtype)))
             if self.adaLN_emb_read_key is not None:
-                shift, scale = self._modulation(entries, data_dict)
+                shift, scale = self._modulation(data_dict[self.adaLN_emb_read_key], entries, data_dict)
                 entries = entries.map(lambda x: modulate(x, shift, scale))
             return entries.map(self.proj)
 

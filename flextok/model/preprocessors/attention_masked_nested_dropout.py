@@ -11,9 +11,9 @@ from flextok.model.preprocessors.token_dropout import nested_dropout_keep_ks
 class AttentionMaskedNestedDropout(nn.Module):
     """Write one `keep_k` per sample and leave the tokens alone; no parameters.
 
-    `keep_k` is always written: in evaluation without `eval_keep_k_read_key` it is the number of tokens, so that no stale
-    value of an earlier call is used. `read_key` is another name of `read_write_key`. `block_mask_write_key` is accepted
-    for configs of other trainers; the mask is written by `NestedDropoutSequencePacker`.
+    `keep_k` is always written: in evaluation without `eval_keep_k_read_key` it is the number of tokens, so that no
+    stale value of an earlier call is used. `read_key` is another name of `read_write_key`. `block_mask_write_key` is
+    accepted for configs of other trainers; the mask is written by `NestedDropoutSequencePacker`.
     """
 
     def __init__(
@@ -29,7 +29,9 @@ class AttentionMaskedNestedDropout(nn.Module):
         super().__init__()
         names = {name for name in (read_write_key, read_key) if name is not None}
         if len(names) != 1:
-            raise ValueError(f"give read_write_key, or read_key as its other name; got {read_write_key!r}, {read_key!r}")
+            raise ValueError(
+                f"give read_write_key, or read_key as its other name; got {read_write_key!r}, {read_key!r}"
+            )
         check_keep_k_mode(size_sampling_mode)
         self.read_key = names.pop()
         self.keep_k_write_key = keep_k_write_key

@@ -12,11 +12,23 @@ from flextok.model.data_dict import DataDict
 from flextok.model.packed_list import PackedList
 
 
+class CutShape(tuple[int, ...]):
+    """Shape of a sub-sequence of which only a prefix was packed; it is unpacked to `full`, zeros at the end."""
+
+    full: Sequence[int]
+
+    @classmethod
+    def prefix(cls, full: Sequence[int], keep: int) -> "CutShape":
+        shape = cls((min(keep, full[0]),))
+        shape.full = full
+        return shape
+
+
 class EmbeddingPacker:
     """Spread embeddings over the tokens of a packed row: `[batch, n * width]` -> `[1, tokens, width]`, no padding rows.
 
-    With `per_subseq`, n is the number of sub-sequences and chunk j of row i goes to sub-sequence j of sample i; else n is
-    1 and row i goes to every token of sample i.
+    With `per_subseq`, n is the number of sub-sequences and chunk j of row i goes to sub-sequence j of sample i; else
+    n is 1 and row i goes to every token of sample i.
     """
 
     def __init__(self, layout: SequenceLayout, *, per_subseq: bool) -> None:
@@ -38,8 +50,8 @@ class BlockWiseSequencePacker(nn.Module):
     """Concatenate the sub-sequences of each sample, then the samples, into `[1, tokens, width]`.
 
     Under `block_mask_write_key` goes the `SequenceLayout` of the row (every attention layer accepts it), or with
-    `return_materialized_mask` the dense bool mask `[1, 1, tokens, tokens]`. `compile_block_mask` is accepted for published
-    configs and has no effect: no mask is built until a backend asks for one.
+    `return_materialized_mask` the dense bool mask `[1, 1, tokens, tokens]`. `compile_block_mask` is accepted for
+    published configs and has no effect: no mask is built until a backend asks for one.
     """
 
     def __init__(
@@ -81,15 +93,17 @@ class BlockWiseSequencePacker(nn.Module):
         """How many tokens of each sample's last sub-sequence are visible; None means all."""
         return None
 
-    def forward(self, data_dict: DataDict) -> DataDict:
+    def _subsequences(self, data_dict: DataDict) -> tuple[list[PackedList], list[list[Sequence[int]]]]:
+        """What to pack, and per sample the shape of each sub-sequence without batch and channel axes."""
         subsequences = [PackedList.pack(data_dict[key]) for key in self.input_list_read_keys]
         batches = [len(entries) for entries in subsequences]
         if len(set(batches)) > 1:
             raise ValueError(f"{self.input_list_read_keys} hold different numbers of samples: {batches}")
-        inner_shapes = [
-            [torch.Size(shape[1:-1]) for shape in sample]
-            for sample in zip(*(entries.shapes for entries in subsequences), strict=True)
-        ]
+        samples = zip(*(entries.shapes for entries in subsequences), strict=True)
+        return subsequences, [[torch.Size(shape[1:-1]) for shape in sample] for sample in samples]
+
+    def forward(self, data_dict: DataDict) -> DataDict:
+        subsequences, inner_shapes = self._subsequences(data_dict)
         lengths = [[prod(shape) for shape in shapes] for shapes in inner_shapes]
         num_tokens = sum(map(sum, lengths))
         layout = layout_of(

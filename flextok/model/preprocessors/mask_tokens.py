@@ -35,10 +35,10 @@ class MaskTokenModule(MuPInit):
         init_token(self.mask_token)
 
     def forward(self, data_dict: DataDict) -> DataDict:
-        sizes: list[Sequence[int]]
+        sizes: list[Sequence[int]] = []
         if self.sizes_read_key is not None:
             sizes = list(data_dict[self.sizes_read_key])
-        else:
+        elif self.read_sizes_from_key is not None:
             sizes = [entry.shape[1:-1] for entry in data_dict[self.read_sizes_from_key]]
         data_dict[self.mask_tokens_write_key] = [self.mask_token.expand(1, *size, -1) for size in sizes]
         return data_dict

@@ -30,7 +30,9 @@ def _valid_sizes(mode: str, n_min: int, n_max: int) -> list[int]:
         return powers_of_two(n_min, n_max)
     if mode.startswith("k="):
         return [int(size) for size in mode.removeprefix("k=").split("-")]
-    raise ValueError(f"size_sampling_mode={mode!r} is unknown; valid: uniform, powers_of_two, or a list such as k=1-2-4")
+    raise ValueError(
+        f"size_sampling_mode={mode!r} is unknown; valid: uniform, powers_of_two, or a list such as k=1-2-4"
+    )
 
 
 class Registers1D(MuPInit):

@@ -37,7 +37,9 @@ class TimestepEmbedder(MuPInit):
             init_linear(linear, self.weight_init_style, mup=mup)  # type: ignore[arg-type]
 
     def timestep_embedding(self, t: Tensor, dim: int, max_period: float = 256.0) -> Tensor:
-        """`[cos(t f) | sin(t f)]` `[batch, dim]`, f_k = 1000 / max_timestep * max_period^(-k / half); odd `dim` ends in 0.
+        """`[cos(t f) | sin(t f)]`, `[batch, dim]`, with f_k = 1000 / max_timestep * max_period^(-k / half).
+
+        An odd `dim` ends in 0.
 
         Raises:
             ValueError: a time exceeds `max_timestep` (checked on the CPU only; elsewhere it would wait for the device).
@@ -53,7 +55,7 @@ class TimestepEmbedder(MuPInit):
 
     def forward(self, data_dict: DataDict) -> DataDict:
         frequencies = self.timestep_embedding(data_dict[self.timesteps_read_key], self.frequency_embedding_size)
-        embedding = self.mlp(frequencies.to(self.mlp[0].weight.dtype))
+        embedding = self.mlp(frequencies.to(next(self.mlp.parameters()).dtype))
         data_dict[self.time_embedding_write_key] = (
             [row[None] for row in embedding.split(1)] if self.temb_as_tokens else embedding
         )

@@ -68,7 +68,9 @@ class _Trunk(MuPInit):
                 intermediate.append(x)
         return x, intermediate
 
-    def _write(self, data_dict: DataDict, key: str, intermediate_key: str | None, *inputs: Any, **shared: Any) -> DataDict:
+    def _write(
+        self, data_dict: DataDict, key: str, intermediate_key: str | None, *inputs: Any, **shared: Any
+    ) -> DataDict:
         data_dict[key], intermediate = self._run(*inputs, **shared)
         if intermediate_key is not None:
             data_dict[intermediate_key] = intermediate[0] if len(intermediate) == 1 else intermediate
@@ -82,8 +84,9 @@ def _optional(data_dict: DataDict, key: str | None) -> Any:
 class FlexTransformer(_Trunk):
     """Self-attention trunk over `[1, tokens, dim]`; with `adaLN_emb_read_key`, modulated by a time embedding.
 
-    `intermediate_layer_write_key` receives the outputs of `intermediate_layers`: a list, or the tensor itself if there is
-    one. `use_act_checkpoint` recomputes each block in the backward pass and does not change state-dict names.
+    `intermediate_layer_write_key` receives the outputs of `intermediate_layers`: a list, or the tensor itself if
+    there is one. `use_act_checkpoint` recomputes each block in the backward pass and does not change state-dict
+    names.
     """
 
     def __init__(

@@ -94,6 +94,8 @@ class PerSampleReducer(nn.Module):
                 raise TypeError(f"{key!r} must hold a list of tensors, got {type(data_dict[key]).__name__}")
         lists = [data_dict[key] for key in self.read_keys]
         if len({len(entries) for entries in lists}) > 1:
-            raise ValueError(f"lists differ in length: { {k: len(v) for k, v in zip(self.read_keys, lists, strict=True)} }")
+            raise ValueError(
+                f"lists differ in length: { {k: len(v) for k, v in zip(self.read_keys, lists, strict=True)} }"
+            )
         data_dict[self.write_key] = [self.per_sample_op(*entries) for entries in zip(*lists, strict=True)]
         return data_dict

@@ -17,8 +17,8 @@ POSEMB_TYPES = ("sincos", "learnable_sum", "learnable_prod")
 def build_2d_sincos_posemb(h: int, w: int, embed_dim: int = 1024, temperature: float = 10000.0) -> Tensor:
     """Sincos table `[1, embed_dim, h, w]`.
 
-    Cell number n = i * w + j is read as the pair (n // h, n % h). On square grids that is (i, j); on others the table is
-    scrambled, and stays so because released weights were trained with it.
+    Cell number n = i * w + j is read as the pair (n // h, n % h). On square grids that is (i, j); on others the table
+    is scrambled, and stays so because released weights were trained with it.
     """
     if embed_dim % 4:
         raise ValueError(f"a 2D sincos position embedding needs a width divisible by 4, got {embed_dim}")
@@ -56,7 +56,9 @@ class PositionalEmbedding(MuPInit):
         if posemb_type == "sincos":
             if len(self.max_sizes) != 2:
                 raise ValueError(f"posemb_type='sincos' needs two max_sizes, got {self.max_sizes}")
-            self.posembs = nn.Parameter(build_2d_sincos_posemb(*self.max_sizes, embed_dim=dim), requires_grad=False)
+            self.posembs = nn.Parameter(
+                build_2d_sincos_posemb(self.max_sizes[0], self.max_sizes[1], dim), requires_grad=False
+            )
         else:
             if len(set(self.max_sizes)) != 1 or len(self.max_sizes) > 2:
                 raise ValueError(f"learned position tables need one or two equal max_sizes, got {self.max_sizes}")
@@ -115,19 +117,23 @@ class PositionalEmbeddingAdder(PositionalEmbedding):
         """`[1, *shape, dim]`."""
         return self.embedding(shape).movedim(1, -1)
 
+    def _packed_embeddings(self, entries: PackedList) -> PackedList:
+        if not entries.is_uniform:
+            return PackedList.pack([self._channels_last(shape[1:-1]) for shape in entries.shapes])
+        table = self._channels_last(entries.tensor.shape[1:-1])
+        return PackedList(table.expand(len(entries), *table.shape[1:]))
+
     def forward(self, data_dict: DataDict) -> DataDict:  # type: ignore[override]
         entries = data_dict[self.read_key]
+        posemb: Tensor | PackedList
+        added: Tensor | PackedList
         if isinstance(entries, Tensor):
-            posemb: Tensor | PackedList = self._channels_last(entries.shape[1:-1])
-            added: Tensor | PackedList = entries + posemb
+            posemb = self._channels_last(entries.shape[1:-1])
+            added = entries + posemb
         else:
             entries = PackedList.pack(entries)
-            if entries.is_uniform:
-                table = self._channels_last(entries.tensor.shape[1:-1])
-                posemb = PackedList(table.expand(len(entries), *table.shape[1:]))
-            else:
-                posemb = PackedList.pack([self._channels_last(shape[1:-1]) for shape in entries.shapes])
-            added = entries.map(lambda x: x + posemb.tensor)
+            posemb = self._packed_embeddings(entries)
+            added = entries.map(posemb.tensor.add)
         data_dict[self.write_key] = added
         if self.posemb_write_key is not None:
             data_dict[self.posemb_write_key] = posemb

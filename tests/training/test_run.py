@@ -1,0 +1,194 @@
+import csv
+import json
+
+import pytest
+import torch
+from lightning import Callback
+from omegaconf import OmegaConf
+
+from flextok.training import run as run_module
+from flextok.training.run import build, run, start_from
+from tests.training.support import largest_difference, load, small_config
+
+NOT_REPEATABLE = ("train/images_per_second", "train/steps_per_second")
+
+
+def rows(folder):
+    with (folder / "metrics.csv").open() as file:
+        return [{k: v for k, v in row.items() if k not in NOT_REPEATABLE} for row in csv.DictReader(file)]
+
+
+def assert_same_result(folder, expected):
+    ours, theirs = load(folder), load(expected)
+    for part in ("state_dict", "ema", "optimizer_states", "lr_schedulers", "global_step"):
+        assert largest_difference(ours[part], theirs[part]) == 0.0, part
+
+
+class StopAt(Callback):
+    """Fails at a place in the middle of a run."""
+
+    def __init__(self, step, place):
+        self.step, self.place = step, place
+
+    def _stop(self, trainer, place):
+        if (trainer.global_step, place) == (self.step, self.place) and not trainer.sanity_checking:
+            raise RuntimeError("stopped on purpose")
+
+    def on_train_start(self, trainer, *args):
+        trainer.optimizers[0].register_step_post_hook(lambda *_: self._stop(trainer, "in the update"))
+
+    def on_train_batch_start(self, trainer, *args):
+        self._stop(trainer, "before the step")
+
+    def on_after_backward(self, trainer, *args):
+        self._stop(trainer, "within the step")
+
+    def on_train_batch_end(self, trainer, *args):
+        self._stop(trainer, "after the step")
+
+    def on_validation_batch_end(self, trainer, *args):
+        self._stop(trainer, "in validation")
+
+
+def run_and_stop(cfg, monkeypatch, step, place):
+    build_trainer = run_module._build_trainer
+
+    def with_stop(cfg):
+        trainer = build_trainer(cfg)
+        trainer.callbacks.insert(0, StopAt(step, place))
+        return trainer
+
+    with monkeypatch.context() as patch:
+        patch.setattr(run_module, "_build_trainer", with_stop)
+        with pytest.raises(RuntimeError, match="stopped on purpose"):
+            run(cfg)
+
+
+def test_a_run_leaves_a_complete_folder(finished_run):
+    info = json.loads((finished_run / "run_info.json").read_text())
+    assert info["seed"] == 0
+    assert info["packages"]["torch"]
+    assert info["torch_threads"] >= 1
+    config = OmegaConf.load(finished_run / "config.yaml")
+    assert "${" not in (finished_run / "config.yaml").read_text()
+    assert config.size.registers == 4
+    assert {path.name for path in finished_run.glob("checkpoints/*")} == {"last.ckpt", "best.ckpt"}
+    assert {path.name for path in finished_run.glob("pictures/*")} == {"step_000004.png", "step_000008.png"}
+
+
+def test_metrics_have_one_row_per_step(finished_run):
+    metrics = rows(finished_run)
+    assert [int(row["step"]) for row in metrics] == list(range(1, 9))
+    names = {"train/loss", "train/lr", "train/grad_norm"}
+    assert all(row[name] for row in metrics for name in names)
+    validated = [row for row in metrics if row["val/flow_loss"]]
+    assert [row["step"] for row in validated] == ["4", "8"]
+    by_k = [float(validated[0][f"val/flow_loss_k{k}"]) for k in (1, 2, 4)]
+    assert float(validated[0]["val/flow_loss"]) == pytest.approx(sum(by_k) / 3)
+
+
+def test_the_same_seed_gives_the_same_numbers_and_another_does_not(finished_run, tmp_path):
+    run(small_config(tmp_path / "same"))
+    assert_same_result(tmp_path / "same", finished_run)
+    assert rows(tmp_path / "same") == rows(finished_run)
+    run(small_config(tmp_path / "other", "seed=1"))
+    assert rows(tmp_path / "other") != rows(finished_run)
+
+
+@pytest.mark.parametrize(
+    ("step", "place"),
+    [(2, "before the step"), (3, "within the step"), (4, "in validation"), (5, "after the step")],
+)
+def test_an_interrupted_run_goes_on_as_if_nothing_had_happened(finished_run, tmp_path, monkeypatch, step, place):
+    cfg = small_config(tmp_path)
+    run_and_stop(cfg, monkeypatch, step, place)
+    assert load(tmp_path)["global_step"] == step
+    cfg.ckpt_path = str(tmp_path)
+    run(cfg)
+    assert_same_result(tmp_path, finished_run)
+
+
+def test_half_an_update_is_not_saved(finished_run, tmp_path, monkeypatch):
+    cfg = small_config(tmp_path)
+    run_and_stop(cfg, monkeypatch, 4, "in the update")
+    assert load(tmp_path)["global_step"] == 3  # the last regular one
+    cfg.ckpt_path = str(tmp_path)
+    run(cfg)
+    assert_same_result(tmp_path, finished_run)
+
+
+def test_a_resumed_run_appends_to_its_metrics(finished_run, tmp_path, monkeypatch):
+    cfg = small_config(tmp_path)
+    run_and_stop(cfg, monkeypatch, 3, "before the step")
+    cfg.ckpt_path = str(tmp_path)
+    run(cfg)
+    assert rows(tmp_path) == rows(finished_run)
+
+
+def test_the_best_checkpoint_can_be_continued_too(finished_run, tmp_path):
+    best = finished_run / "checkpoints" / "best.ckpt"
+    run(small_config(tmp_path, f"ckpt_path={best}", "trainer.max_steps=10"))
+    assert load(tmp_path)["global_step"] == 10
+
+
+def test_a_longer_run_is_the_continuation_of_a_shorter_one(finished_run, tmp_path):
+    run(small_config(tmp_path / "short", "trainer.max_steps=4"))
+    run(small_config(tmp_path / "rest", f"ckpt_path={tmp_path / 'short'}"))
+    assert_same_result(tmp_path / "rest", finished_run)
+
+
+def test_accumulated_gradients_resume_exactly(tmp_path):
+    accumulate = ("trainer.accumulate_grad_batches=2", "trainer.max_steps=5", "callbacks.pictures=null")
+    run(small_config(tmp_path / "full", *accumulate))
+    run(small_config(tmp_path / "short", *accumulate, "trainer.max_steps=3"))
+    run(small_config(tmp_path / "rest", *accumulate, f"ckpt_path={tmp_path / 'short'}"))
+    assert_same_result(tmp_path / "rest", tmp_path / "full")
+
+
+def test_validation_judges_the_average(finished_run, tmp_path):
+    run(small_config(tmp_path, "callbacks.ema=null"))
+    assert "ema" not in load(tmp_path)
+    assert rows(tmp_path)[-1]["train/loss"] == rows(finished_run)[-1]["train/loss"]
+    assert rows(tmp_path)[-1]["val/flow_loss"] != rows(finished_run)[-1]["val/flow_loss"]
+
+
+def test_changes_of_a_resumed_run_are_said(finished_run, tmp_path, caplog):
+    cfg = small_config(
+        tmp_path, f"ckpt_path={finished_run}", "trainer.max_steps=9", "callbacks.ema=null", "optimizer.lr=0.5"
+    )
+    run(cfg)
+    assert "optimizer.lr was 0.001, is now 0.5" in caplog.text
+    assert "this run keeps none" in caplog.text
+
+
+def test_steps_can_be_kept(tmp_path):
+    run(small_config(tmp_path, "callbacks.last.keep_every_n_steps=4", "callbacks.best=null"))
+    names = {path.name for path in tmp_path.glob("checkpoints/*")}
+    assert names == {"last.ckpt", "step_00000004.ckpt", "step_00000008.ckpt"}
+
+
+def test_a_run_can_start_from_exported_weights(tmp_path):
+    from flextok.utils.checkpoint import save_safetensors
+
+    source = build(small_config(tmp_path, "seed=5")).module.model
+    cfg = small_config(tmp_path, f"init_from={tmp_path / 'weights.safetensors'}")
+    metadata = OmegaConf.to_container(cfg.model, resolve=True)
+    save_safetensors(source.state_dict(), tmp_path / "weights.safetensors", metadata)
+    model = build(cfg).module.model
+    assert largest_difference(dict(model.state_dict()), dict(source.state_dict())) == 0.0
+
+
+def test_weights_of_another_model_are_refused(small_model, tmp_path):
+    from flextok.utils.checkpoint import save_safetensors
+
+    state = dict(small_model.state_dict())
+    removed = state.popitem()[0]
+    save_safetensors(state, tmp_path / "other.safetensors")
+    with pytest.raises(ValueError, match=f"another model: 1 weights differ, such as {removed}"):
+        start_from(small_model, str(tmp_path / "other.safetensors"))
+
+
+def test_compiled_modules_keep_their_names(tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda self: setattr(self, "_compiled_call_impl", None))
+    names = build(small_config(tmp_path, "compile=true")).module.state_dict().keys()
+    assert names == build(small_config(tmp_path)).module.state_dict().keys()
