@@ -8,9 +8,9 @@ from typing import Any
 
 from torch import Tensor
 
-from flextok.evaluation.pictures import image_grid
 from flextok.evaluation.reconstruction import PSNR_CAP
 from flextok.evaluation.sweep import SweepResult
+from flextok.pictures import image_grid, save_image
 from flextok.utils.checkpoint import atomic_path
 
 TABLE_COLUMNS = {
@@ -40,7 +40,7 @@ def write_report(sweep: SweepResult, protocol: Mapping[str, Any], folder: Path) 
     }
     write_csv(sweep.results, folder / "metrics.csv")
     plot_rate_distortion(sweep.results, sweep.vae, folder / "rate_distortion.png")
-    image_grid(grid_rows(sweep), folder / "grid.png")
+    save_image(image_grid(grid_rows(sweep)), folder / "grid.png")
     with atomic_path(folder / "metrics.json") as temporary:
         # NaN and infinity are no JSON; better to fail here than in the reader.
         temporary.write_text(json.dumps(metrics, indent=2, allow_nan=False) + "\n", encoding="utf-8")

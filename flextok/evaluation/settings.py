@@ -5,6 +5,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any, Literal
 
+from flextok.model.keep_k import default_keep_ks
+
 SPLITS = ("test", "val")
 WEIGHTS = ("ema", "raw")
 
@@ -49,8 +51,7 @@ def resolve_keep_ks(keep_ks: Sequence[Any] | None, num_registers: int) -> list[i
     None means the powers of two below `num_registers`, and `num_registers` itself.
     """
     if keep_ks is None:
-        powers = [2**exponent for exponent in range(num_registers.bit_length())]
-        return sorted({power for power in powers if power < num_registers} | {num_registers})
+        return default_keep_ks(num_registers)
     if len(keep_ks) == 0:
         raise ValueError(f"evaluation.keep_ks=[]: valid is null or numbers from 1 to {num_registers}")
     for keep_k in keep_ks:

@@ -8,15 +8,13 @@ import numpy as np
 import torch
 from lightning import Callback, LightningModule, Trainer
 from lightning.pytorch.loggers import TensorBoardLogger, WandbLogger
-from PIL import Image
 from torch import Tensor
 
 from flextok.flextok_wrapper import FlexTok
+from flextok.model.keep_k import default_keep_ks
+from flextok.pictures import image_grid, save_image
 from flextok.training.randomness import image_generators
-from flextok.training.validation import default_keep_ks, image_data
-from flextok.utils.checkpoint import atomic_path
-
-MIN_SIZE = 64  # Smaller images are enlarged by a whole factor, so that one sees the pixels and no interpolation.
+from flextok.training.validation import image_data
 
 
 class ReconstructionPictures(Callback):
@@ -68,10 +66,10 @@ class ReconstructionPictures(Callback):
         keep_ks = self.keep_ks or default_keep_ks(model.num_registers)
         images = torch.cat(self._images)
         rows = reconstructions(model, images, self._keys, keep_ks=keep_ks, seed=self.seed, **self.decode_options)
-        picture = tile([images, *rows])
-        name = f"step_{trainer.global_step:06d}.png"
-        with atomic_path(self.folder / name) as path:
-            Image.fromarray(picture).save(path, format="png")
+        labelled = {f"{keep_k} of {model.num_registers}": row for keep_k, row in zip(keep_ks, rows, strict=True)}
+        grid = image_grid({"original": images, **labelled})
+        save_image(grid, self.folder / f"step_{trainer.global_step:06d}.png")
+        picture = np.asarray(grid)
         for logger in trainer.loggers:
             if isinstance(logger, TensorBoardLogger):
                 logger.experiment.add_image("reconstructions", picture, trainer.global_step, dataformats="HWC")
@@ -103,11 +101,3 @@ def reconstructions(
         )
         rows.append(torch.cat(list(decoded[model.image_write_key])))
     return rows
-
-
-def tile(rows: Sequence[Tensor]) -> np.ndarray:
-    """Join rows of images in [-1, 1] into one array `[height, width, 3]` of bytes."""
-    grid = torch.cat([torch.cat(row.unbind(0), dim=2) for row in rows], dim=1)
-    pixels = (grid.float().clamp(-1, 1) + 1).mul(127.5).round().byte().permute(1, 2, 0).cpu().numpy()
-    factor = -(-MIN_SIZE // min(rows[0].shape[-2:]))
-    return pixels.repeat(factor, axis=0).repeat(factor, axis=1)

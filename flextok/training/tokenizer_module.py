@@ -10,9 +10,10 @@ from torch.optim import Optimizer
 
 from flextok.flextok_wrapper import FlexTok
 from flextok.model.data_dict import RNG_KEY, DataDict
+from flextok.model.keep_k import default_keep_ks
 from flextok.training.progress import log_interval
 from flextok.training.randomness import training_generator
-from flextok.training.validation import default_keep_ks, flow_losses
+from flextok.training.validation import flow_losses
 
 Objective = Callable[[FlexTok, DataDict], dict[str, Tensor]]
 

@@ -15,11 +15,6 @@ from flextok.training.objective import velocity_errors
 from flextok.training.randomness import image_generators
 
 
-def default_keep_ks(num_registers: int) -> list[int]:
-    """The powers of two below the number of registers, and that number."""
-    return sorted({2**i for i in range(num_registers.bit_length()) if 2**i < num_registers} | {num_registers})
-
-
 def image_data(model: FlexTok, images: Tensor, keys: Sequence[str], *, seed: int) -> DataDict:
     """The dictionary of a batch to be judged: whatever the model draws depends on the image alone."""
     return {model.vae.images_read_key: images.split(1), RNG_KEY: image_generators(seed, keys, stream="model")}

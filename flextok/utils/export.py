@@ -18,6 +18,12 @@ _PACKERS = (
     "flextok.model.preprocessors.nested_dropout_seq_packer.NestedDropoutSequencePacker",
 )
 
+# Settings that released code does not know; none changes what a trained model computes.
+_OUR_FIELDS = {
+    "flextok.model.preprocessors.nested_dropout_seq_packer.NestedDropoutSequencePacker": ("drop_masked",),
+    "flextok.flow_matching.noise_modules.MinRFNoiseModule": ("timestep_shift",),
+}
+
 
 def export_model(model: nn.Module, config: Any, out_dir: PathLike, *, overwrite: bool = False) -> Path:
     """Write `model.safetensors` (weights and config) and `config.json` (the same config) into `out_dir`.
@@ -58,9 +64,10 @@ def _official(node: Any) -> Any:
     if not isinstance(node, Mapping):
         return node
     official = {key: _official(child) for key, child in node.items()}
-    if node.get("_target_") in _PACKERS:
-        official.pop("drop_masked", None)
+    for field in _OUR_FIELDS.get(node.get("_target_", ""), ()):
+        official.pop(field, None)
+    pads = official.get("pad_to_multiple") is not None or official.get("max_seq_len") is not None
+    if node.get("_target_") in _PACKERS and not pads:
         # The published attention wants a multiple of 128 whatever the mask; ours does not mind.
-        if official.get("pad_to_multiple") is None and official.get("max_seq_len") is None:
-            official["pad_to_multiple"] = 128
+        official["pad_to_multiple"] = 128
     return official

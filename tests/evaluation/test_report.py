@@ -8,11 +8,11 @@ import pytest
 import torch
 from PIL import Image
 
-from flextok.evaluation.pictures import image_grid, tile_size
 from flextok.evaluation.protocol import build_protocol
 from flextok.evaluation.report import format_table, write_report
 from flextok.evaluation.settings import EvaluationSettings
 from flextok.evaluation.sweep import run_sweep
+from flextok.pictures import image_grid, save_image, tile_size
 from tests.evaluation.stub import SETTINGS, StubTokenizer, random_batches
 
 FILES = ["grid.png", "metrics.csv", "metrics.json", "rate_distortion.png"]
@@ -89,7 +89,7 @@ def test_the_grid_holds_a_tile_per_row_and_image(report):
 
 def test_small_images_are_enlarged_exactly(tmp_path):
     image = torch.rand(1, 3, 8, 8) * 2 - 1
-    image_grid({"original": image}, tmp_path / "grid.png")
+    save_image(image_grid({"original": image}), tmp_path / "grid.png")
     with Image.open(tmp_path / "grid.png") as picture:
         tile = np.asarray(picture)[12 : 12 + 64, -12 - 64 : -12]
     expected = ((image[0] + 1) * 127.5).round().to(torch.uint8).permute(1, 2, 0).numpy()
@@ -114,7 +114,7 @@ def test_tile_sizes(height, width, tile):
 @pytest.mark.parametrize("rows", [{}, {"a": torch.zeros(1, 3, 8, 8), "b": torch.zeros(2, 3, 8, 8)}])
 def test_rows_of_a_grid_share_one_shape(rows, tmp_path):
     with pytest.raises(ValueError, match="one shape"):
-        image_grid(rows, tmp_path / "grid.png")
+        image_grid(rows)
 
 
 def test_numbers_that_are_no_json_leave_no_metrics(tmp_path):

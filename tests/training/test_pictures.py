@@ -1,21 +1,6 @@
-import pytest
 import torch
 
-from flextok.training.pictures import reconstructions, tile
-
-
-@pytest.mark.parametrize(("size", "factor"), [(8, 8), (63, 2), (64, 1), (100, 1)])
-def test_small_images_are_enlarged_by_whole_factors(size, factor):
-    picture = tile([torch.zeros(2, 3, size, size), torch.zeros(2, 3, size, size)])
-    assert picture.shape == (2 * size * factor, 2 * size * factor, 3)
-
-
-def test_rows_go_down_and_images_to_the_right():
-    first, second = torch.full((2, 3, 64, 64), -1.0), torch.full((2, 3, 64, 64), 1.0)
-    second[1] = 5.0  # beyond white
-    picture = tile([first, second])
-    assert (picture[:64] == 0).all()
-    assert (picture[64:] == 255).all()
+from flextok.training.pictures import reconstructions
 
 
 def test_reconstructions_depend_on_seed_and_key_only(small_model):

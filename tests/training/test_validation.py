@@ -1,7 +1,8 @@
 import pytest
 import torch
 
-from flextok.training.validation import default_keep_ks, flow_losses
+from flextok.model.keep_k import default_keep_ks
+from flextok.training.validation import flow_losses
 
 OPTIONS = {"keep_ks": [1, 4], "num_sigmas": 2, "seed": 0}
 

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from flextok.model.data_dict import RNG_KEY, DataDict
-from flextok.model.draw import one_generator
+from flextok.model.draw import draw_uniform
 from flextok.model.init import MuPInit, init_token
 from flextok.model.packed_list import PackedList
 
@@ -83,9 +83,8 @@ class Registers1D(MuPInit):
             return data_dict[self.register_sizes_read_write_key]
         if not self.training or len(self.valid_sizes) == 1:
             return [self.n_eval if not self.training else self.valid_sizes[0]] * batch
-        generator = one_generator(data_dict.get(RNG_KEY))
-        picks = torch.randint(len(self.valid_sizes), (batch,), generator=generator)
-        return [self.valid_sizes[pick] for pick in picks.tolist()]
+        picks = draw_uniform((batch,), data_dict.get(RNG_KEY), "cpu") * len(self.valid_sizes)
+        return [self.valid_sizes[pick] for pick in picks.long().tolist()]
 
     def _take(self, table: Tensor, size: int) -> Tensor:
         if self.ordering_mode == "nested":

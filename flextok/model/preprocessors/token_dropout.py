@@ -6,7 +6,6 @@ import torch
 from torch import Tensor, nn
 
 from flextok.model.data_dict import RNG_KEY, DataDict
-from flextok.model.draw import one_generator
 from flextok.model.init import MuPInit, init_token
 from flextok.model.keep_k import KeepKMode, check_keep_k_mode, sample_keep_k
 from flextok.model.packed_list import PackedList
@@ -36,9 +35,8 @@ def nested_dropout_keep_ks(
     if not training:
         keep_ks = data_dict.get(eval_key)
         return None if keep_ks is None else [int(keep_k) for keep_k in keep_ks]
-    num_tokens = max(batch_tokens)
-    check_keep_k_mode(mode, num_tokens)
-    return sample_keep_k(mode, num_tokens, len(batch_tokens), one_generator(data_dict.get(RNG_KEY)))
+    check_keep_k_mode(mode, batch_tokens)
+    return sample_keep_k(mode, batch_tokens, data_dict.get(RNG_KEY))
 
 
 class MaskedNestedDropout(MuPInit):

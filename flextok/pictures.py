@@ -15,8 +15,14 @@ GAP, MARGIN, FONT_SIZE = 4, 12, 13
 BACKGROUND, TEXT, FAINT_TEXT = (255, 255, 255), (32, 32, 32), (128, 128, 128)
 
 
-def image_grid(rows: Mapping[str, Tensor], path: Path) -> None:
-    """Write a PNG with one row of pictures per entry and its label at the left.
+def save_image(image: Image.Image, path: Path) -> None:
+    """Write a PNG atomically."""
+    with atomic_path(path) as temporary:
+        image.save(temporary, format="PNG")
+
+
+def image_grid(rows: Mapping[str, Tensor]) -> Image.Image:
+    """One row of pictures per entry, its label at the left.
 
     Small images are enlarged by whole factors without smoothing, to at least 64 pixels; large ones reduced
     to 256.
@@ -24,7 +30,6 @@ def image_grid(rows: Mapping[str, Tensor], path: Path) -> None:
     Args:
         rows: label -> `[N, 3, H, W]` in [-1, 1], all of one shape; lines of a label after the first
             are drawn faint.
-        path: the file to write, atomically.
     """
     shapes = {tuple(images.shape) for images in rows.values()}
     if len(shapes) != 1:
@@ -49,8 +54,7 @@ def image_grid(rows: Mapping[str, Tensor], path: Path) -> None:
         for column, image in enumerate(images):
             tile = _to_pil(image).resize((tile_width, tile_height), _filter(tile_width, width))
             canvas.paste(tile, (left + column * (tile_width + GAP), top))
-    with atomic_path(Path(path)) as temporary:
-        canvas.save(temporary, format="PNG")
+    return canvas
 
 
 def tile_size(height: int, width: int) -> tuple[int, int]:
