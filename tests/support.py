@@ -1,6 +1,9 @@
 """What several tests need: recorded outputs of the published inference code, comparisons, tiny models."""
 
 import json
+import os
+import subprocess
+import sys
 from ast import literal_eval
 from collections.abc import Iterator
 from functools import lru_cache
@@ -14,6 +17,21 @@ from torch import Tensor, nn
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 RECORDED = Path(__file__).resolve().parent / "data" / "flextok"
+
+
+def python(*arguments: str, threads: int = 1, timeout: float = 300) -> subprocess.CompletedProcess[str]:
+    """What `python <arguments>` does in the repository: its output, and its exit status in `returncode`."""
+    environment = {**os.environ, "OMP_NUM_THREADS": str(threads)}
+    environment.pop("HYDRA_FULL_ERROR", None)
+    command = [sys.executable, *map(str, arguments)]
+    return subprocess.run(command, cwd=REPOSITORY, env=environment, capture_output=True, text=True, timeout=timeout)
+
+
+def python_output(*arguments: str, **options: Any) -> str:
+    """What a command that must succeed writes to its output."""
+    done = python(*arguments, **options)
+    assert done.returncode == 0, f"{' '.join(map(str, arguments))}\n{done.stdout[-2000:]}{done.stderr[-4000:]}"
+    return done.stdout
 
 
 @lru_cache

@@ -25,7 +25,8 @@ ALLOWED = {
     "flextok_wrapper": LIBRARY,
     "data": {"seeding"},
     "seeding": set(),
-    "evaluation": {"data", "seeding", "training", *LIBRARY},
+    "pictures": {"utils"},
+    "evaluation": {"data", "pictures", "seeding", "training", *LIBRARY},
     "generation": {"data", "seeding", *LIBRARY},
 }
 # Only these parts may import the library at module level, everybody else inside functions.
