@@ -10,7 +10,7 @@ from typing import Any
 import hydra
 from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
+from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
 from flextok.config_checks import check_config
 
@@ -69,7 +69,13 @@ def describe_error(error: BaseException) -> str:
 
 def _suggestion(error: OmegaConfBaseException) -> list[str]:
     parent = error.parent_node
-    if not isinstance(parent, DictConfig) or error.key is None or parent._is_none() or parent._is_missing():
+    if (
+        isinstance(error, MissingMandatoryValue)
+        or not isinstance(parent, DictConfig)
+        or error.key is None
+        or parent._is_none()
+        or parent._is_missing()
+    ):
         return []
     known = sorted(str(key) for key in parent)
     close = get_close_matches(str(error.key), known, n=1)

@@ -15,11 +15,16 @@ PRECISIONS = (
     *("32-true", "bf16-mixed", "16-mixed", "bf16-true", "16-true", "64-true"),
     *("transformer-engine", "transformer-engine-float16", "32", "16", "bf16", "64"),
 )
+MANDATORY = {
+    "data.root": "a folder with images",
+    "latent.path": "the local folder of a diffusers AutoencoderKL, or its name on the hub (owner/name)",
+}
 KEEP_K_FIELDS = ("validation.keep_ks", "evaluation.keep_ks", "callbacks.pictures.keep_ks")
 
 
 def check_config(cfg: DictConfig) -> None:
     """Raise `ValueError` for the first setting that cannot work."""
+    _check_mandatory(cfg)
     _check_named_nodes(cfg)
     _check_numbers(cfg)
     _check_keep_ks(cfg)
@@ -38,6 +43,13 @@ def _get(cfg: DictConfig, field: str) -> Any:
     return OmegaConf.to_container(value, resolve=True) if OmegaConf.is_config(value) else value
 
 
+def _check_mandatory(cfg: DictConfig) -> None:
+    missing = OmegaConf.missing_keys(cfg)
+    for field, valid in MANDATORY.items():
+        if field in missing:
+            raise ValueError(f"{field} is missing; give {field}=..., valid: {valid}")
+
+
 def _check_numbers(cfg: DictConfig) -> None:
     for field in ("data.batch_size", "data.image_size", "size.registers", "size.patch"):
         value = _get(cfg, field)
@@ -51,6 +63,9 @@ def _check_numbers(cfg: DictConfig) -> None:
         value = _get(cfg, field)
         if value is not None and (isinstance(value, str) or not 0 < value < 1):
             _fail(field, value, "a number between 0 and 1, both excluded")
+    warmup, total = _get(cfg, "optimizer.warmup_steps"), _get(cfg, "optimizer.total_steps")
+    if warmup is not None and total is not None and not 0 <= warmup < total:
+        _fail("optimizer.warmup_steps", warmup, f"0 to {total - 1} (below optimizer.total_steps={total})")
 
 
 def _check_keep_ks(cfg: DictConfig) -> None:
@@ -100,17 +115,17 @@ def _check_named_nodes(cfg: DictConfig) -> None:
 
 
 def _check_paths(cfg: DictConfig) -> None:
-    for field in ("ckpt_path", "init_from", "data.root"):
+    for field, valid in (("ckpt_path", "null, or an"), ("init_from", "null, or an"), ("data.root", "an")):
         value = _get(cfg, field)
         if value is not None and not Path(value).expanduser().exists():
-            _fail(field, value, f"null, or an existing path (looked in {os.getcwd()})")
-    vae = _get(cfg, "model.vae.hf_hub_path")
+            _fail(field, value, f"{valid} existing path (looked in {os.getcwd()})")
+    vae = _get(cfg, "latent.path")
     if vae is not None and _looks_local(vae) and not Path(vae).expanduser().is_dir():
-        _fail("model.vae.hf_hub_path", vae, "an existing folder, or a name on the hub (owner/name)")
+        _fail("latent.path", vae, f"{MANDATORY['latent.path']} (looked in {os.getcwd()})")
 
 
 def _looks_local(path: str) -> bool:
-    return path.startswith(("/", ".", "~")) or path.count("/") > 1
+    return path.startswith(("/", ".", "~")) or path.count("/") != 1 or Path(path).parent.is_dir()
 
 
 def _check_start(cfg: DictConfig) -> None:

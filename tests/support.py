@@ -19,7 +19,7 @@ REPOSITORY = Path(__file__).resolve().parents[1]
 RECORDED = Path(__file__).resolve().parent / "data" / "flextok"
 
 
-def python(*arguments: str, threads: int = 1, timeout: float = 300) -> subprocess.CompletedProcess[str]:
+def python(*arguments: object, threads: int = 1, timeout: float = 300) -> subprocess.CompletedProcess[str]:
     """What `python <arguments>` does in the repository: its output, and its exit status in `returncode`."""
     environment = {**os.environ, "OMP_NUM_THREADS": str(threads)}
     environment.pop("HYDRA_FULL_ERROR", None)
@@ -27,7 +27,7 @@ def python(*arguments: str, threads: int = 1, timeout: float = 300) -> subproces
     return subprocess.run(command, cwd=REPOSITORY, env=environment, capture_output=True, text=True, timeout=timeout)
 
 
-def python_output(*arguments: str, **options: Any) -> str:
+def python_output(*arguments: object, **options: Any) -> str:
     """What a command that must succeed writes to its output."""
     done = python(*arguments, **options)
     assert done.returncode == 0, f"{' '.join(map(str, arguments))}\n{done.stdout[-2000:]}{done.stderr[-4000:]}"

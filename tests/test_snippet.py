@@ -28,6 +28,29 @@ def test_images_become_tokens_and_any_number_of_them_becomes_images(recorded_fol
         assert torch.isfinite(images).all()
 
 
+def test_a_model_with_256_registers_decodes_1_16_64_and_256_tokens(tmp_path):
+    """The published snippet at the published number of tokens; only the width is small."""
+    from hydra.utils import instantiate
+
+    from flextok import FlexTokFromHub
+    from flextok.config import compose
+    from flextok.utils.export import export_model
+
+    size = {"registers": 256, "patch": 4, "encoder_depth": 1, "decoder_depth": 2, "head_dim": 16}
+    widths = {"encoder_width": 32, "decoder_width": 32}
+    overrides = ["data.image_size=32", *(f"size.{name}={value}" for name, value in (size | widths).items())]
+    config = compose(overrides).model
+    export_model(instantiate(config, _convert_="all"), config, tmp_path)
+
+    model = FlexTokFromHub.from_pretrained(str(tmp_path))
+    token_ids = model.tokenize(torch.rand(2, 3, 32, 32) * 2 - 1)
+    assert [ids.shape for ids in token_ids] == [(1, 256)] * 2
+    for k in (1, 16, 64, 256):
+        images = model.detokenize([ids[:, :k] for ids in token_ids], vae_image_sizes=32, timesteps=2, verbose=False)
+        assert images.shape == (2, 3, 32, 32)
+        assert torch.isfinite(images).all()
+
+
 def test_samples_of_different_length_share_one_call(recorded_folder):
     from flextok import FlexTokFromHub
 

@@ -2,12 +2,15 @@
 
 import logging
 import pickle
+import zipfile
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
 import hydra
 import torch
 from omegaconf import DictConfig, OmegaConf
+from torch import Tensor
 
 from flextok.flextok_wrapper import FlexTok
 from flextok.training.ema import CHECKPOINT_KEY
@@ -16,6 +19,11 @@ from flextok.training.run_folder import CHECKPOINTS, CONFIG
 logger = logging.getLogger(__name__)
 
 Weights = Literal["ema", "raw"]
+# What unpickling damaged data raises depends on which byte is wrong.
+_READ_ERRORS = (
+    *(RuntimeError, pickle.UnpicklingError, EOFError, OSError, zipfile.BadZipFile),
+    *(KeyError, IndexError, ValueError, TypeError, AttributeError),
+)
 _MODEL_PREFIX = "model."  # FlexTok's attribute in TokenizerModule
 
 
@@ -39,10 +47,28 @@ def load_run(path: str | Path, weights: Weights = "ema") -> tuple[FlexTok, DictC
             logger.warning("%s was trained without EMA: using its only weights", file)
     # Not through the allow-list of exported files: one's own runs may contain one's own modules.
     model = hydra.utils.instantiate(cfg.model, _convert_="all")
-    model.load_state_dict(
-        {name.removeprefix(_MODEL_PREFIX): t for name, t in state.items() if name.startswith(_MODEL_PREFIX)}
-    )
+    weights_of_model = {
+        name.removeprefix(_MODEL_PREFIX): t for name, t in state.items() if name.startswith(_MODEL_PREFIX)
+    }
+    check_same_weights(weights_of_model, model.state_dict(), source=f"{file}", valid="the config of the run itself")
+    model.load_state_dict(weights_of_model)
     return model.eval(), cfg
+
+
+def check_same_weights(
+    stored: Mapping[str, Tensor], expected: Mapping[str, Tensor], *, source: str, valid: str
+) -> None:
+    """Raise ValueError naming some of the weights whose name or shape differs between a file and a model."""
+    wrong = sorted(stored.keys() ^ expected.keys()) + [
+        f"{name} ({list(stored[name].shape)}, here {list(expected[name].shape)})"
+        for name in sorted(stored.keys() & expected.keys())
+        if stored[name].shape != expected[name].shape
+    ]
+    if wrong:
+        examples = ", ".join(wrong[:3])
+        raise ValueError(
+            f"{source} holds another model: {len(wrong)} weights differ, such as {examples}; valid: {valid}"
+        )
 
 
 def checkpoint_of_run(path: str | Path) -> Path:
@@ -60,8 +86,13 @@ def checkpoint_of_run(path: str | Path) -> Path:
 def read_checkpoint(file: Path) -> dict[str, Any]:
     """Load a checkpoint without running code from it; tensors stay on disk until they are used."""
     try:
+        # Loading checks no sums: flipped bits would become weights.
+        with zipfile.ZipFile(file) as archive:
+            damaged = archive.testzip()
+        if damaged is not None:
+            raise zipfile.BadZipFile(f"wrong checksum of {damaged}")
         return torch.load(file, map_location="cpu", weights_only=True, mmap=True)
-    except (RuntimeError, pickle.UnpicklingError, EOFError, OSError, KeyError) as error:
+    except _READ_ERRORS as error:
         others = [str(other) for other in _checkpoints_in(file.parent) if other != file]
         hint = f"others here: {', '.join(others)}" if others else "there is no other in its folder"
         reason = str(error).partition("\n")[0]

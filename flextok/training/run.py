@@ -14,7 +14,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from flextok.config import check_config
 from flextok.flextok_wrapper import FlexTok
-from flextok.training.checkpoints import checkpoint_of_run, read_checkpoint
+from flextok.training.checkpoints import check_same_weights, checkpoint_of_run, read_checkpoint
 from flextok.training.ema import CHECKPOINT_KEY, ExponentialMovingAverage
 from flextok.training.random_states import RandomStates
 from flextok.training.run_folder import write_run_record
@@ -38,9 +38,9 @@ def run(cfg: DictConfig) -> dict[str, float]:
     _leave_logging_to_hydra()
     check_config(cfg)
     resume_from = None if cfg.ckpt_path is None else checkpoint_of_run(cfg.ckpt_path)
-    if resume_from is not None:
-        _report_changes(cfg, resume_from)
     training = build(cfg)
+    if resume_from is not None:
+        _check_resume(cfg, resume_from, training.module)
     rank_zero_only(write_run_record)(Path(cfg.paths.run), cfg)
     training.trainer.fit(training.module, datamodule=training.data, ckpt_path=resume_from, weights_only=True)
     return {name: float(value) for name, value in training.trainer.callback_metrics.items()}
@@ -72,17 +72,8 @@ def build(cfg: DictConfig) -> TrainingRun:
 def start_from(model: FlexTok, path: str) -> None:
     """Load the weights of an exported or released checkpoint, all of them."""
     tensors = load_safetensors(path, return_metadata=False)
-    expected = model.state_dict()
-    wrong = sorted(tensors.keys() ^ expected.keys()) + [
-        f"{name} ({list(tensors[name].shape)}, here {list(expected[name].shape)})"
-        for name in sorted(tensors.keys() & expected.keys())
-        if tensors[name].shape != expected[name].shape
-    ]
-    if wrong:
-        raise ValueError(
-            f"init_from={path!r} holds another model: {len(wrong)} weights differ, such as {', '.join(wrong[:3])}; "
-            "valid: a file whose model, vae and size settings are those of this config"
-        )
+    valid = "a file whose model, vae, dropout and size settings are those of this config"
+    check_same_weights(tensors, model.state_dict(), source=f"init_from={path!r}", valid=valid)
     model.load_state_dict(tensors)
 
 
@@ -115,12 +106,17 @@ def _instantiate_all(nodes: DictConfig | None) -> list[Any]:
     return [_instantiate(node) for node in (nodes or {}).values() if node is not None]
 
 
-def _report_changes(cfg: DictConfig, resume_from: Path) -> None:
-    """Say how a resumed run differs from the one it continues: a forgotten override must not be silent."""
+def _check_resume(cfg: DictConfig, resume_from: Path, module: TokenizerModule) -> None:
+    """Refuse another model, and say how else the run differs: a forgotten override must not be silent."""
     checkpoint = read_checkpoint(resume_from)
     if "state_dict" not in checkpoint or "loops" not in checkpoint:
         raise ValueError(f"ckpt_path={str(resume_from)!r} is no training checkpoint; for weights use init_from")
+    valid = "the overrides of the run that is continued"
+    source = f"ckpt_path={str(resume_from)!r}"
+    check_same_weights(checkpoint["state_dict"], module.state_dict(), source=source, valid=valid)
     logger.info("continuing from %s at step %d", resume_from, checkpoint["global_step"])
+    if checkpoint["global_step"] >= cfg.trainer.max_steps:
+        logger.warning("nothing is left to do: trainer.max_steps=%d", cfg.trainer.max_steps)
     old = _flatten(checkpoint.get("hyper_parameters", {}))
     new = _flatten(OmegaConf.to_container(cfg, resolve=True))
     for name in sorted(old.keys() | new.keys()):

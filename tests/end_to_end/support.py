@@ -28,7 +28,7 @@ QUICK = ("evaluation.num_images=4", "evaluation.steps=2", "evaluation.device=cpu
 
 def train(folder, *overrides):
     """The last value of every metric of a short run, which lies in `folder`."""
-    cfg = compose([*overrides[:1], *SHORT, *overrides[1:]])
+    cfg = compose([*SHORT, *overrides])
     OmegaConf.update(cfg, "paths.run", str(folder))
     return run_training(cfg)
 

@@ -85,7 +85,9 @@ class PositionalEmbedding(MuPInit):
             mode = "linear" if len(shape) == 1 else "bilinear"
             return F.interpolate(table, size=tuple(shape), mode=mode, align_corners=True)
         if len(shape) != len(self.max_sizes) or any(n > m for n, m in zip(shape, self.max_sizes, strict=True)):
-            raise ValueError(f"positions {list(shape)} exceed max_sizes={self.max_sizes}")
+            raise ValueError(
+                f"positions {list(shape)} exceed max_sizes={self.max_sizes}: the model was built for smaller inputs"
+            )
         for axis, size in enumerate(shape):
             table = table.narrow(2 + axis, 0, size)
         return table

@@ -1,0 +1,259 @@
+"""What README and docs say works: commands run or at least compose, code runs, names, links and trees are true."""
+
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+from importlib import import_module
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from flextok.config import CONFIG_FOLDER, check_config, compose
+from flextok.utils.config_safety import ALLOWED_TARGETS
+from tests.support import RECORDED, REPOSITORY
+from tests.training.support import small_config
+
+DOCUMENTS = [REPOSITORY / "README.md", *sorted((REPOSITORY / "docs").glob("*.md"))]
+RUN = "runs/digits/2026-11-21_10-00-00"
+each_document = pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
+
+# The published layout, as small as it gets: 256 registers and images of 256 pixels, one block of width 64.
+SMALL_RELEASE = (
+    *("model=flextok_d12_d12", "size.encoder_depth=1", "size.decoder_depth=1", "size.intermediate_layer=0"),
+    *("vae=kl", "latent.path=my_vae", "latent.channels=4", "data.image_size=256", "data.batch_size=1"),
+)
+# Enough of an evaluation to see that it works.
+QUICK_EVALUATION = (
+    *("evaluation.num_images=1", "evaluation.steps=1", "evaluation.grid_images=1", "evaluation.device=cpu"),
+    "++data.num_workers=0",
+)
+
+
+def blocks(document: Path) -> list[tuple[str, str]]:
+    """`(language, text)` of every fenced block."""
+    return re.findall(r"^```(\w*)\n(.*?)^```$", document.read_text(), flags=re.MULTILINE | re.DOTALL)
+
+
+def commands(text: str) -> list[list[str]]:
+    lines = text.replace("\\\n", " ").splitlines()
+    return [words for line in lines if (words := shlex.split(line, comments=True))]
+
+
+def prose(document: Path) -> str:
+    return re.sub(r"^```.*?^```$", "", document.read_text(), flags=re.MULTILINE | re.DOTALL)
+
+
+# --- commands and code ------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def prepared(tmp_path_factory):
+    """A folder that holds everything the documents name: a run, images, a VAE, a published model."""
+    from hydra.utils import instantiate
+    from omegaconf import OmegaConf
+
+    from flextok.training.run import run
+    from flextok.utils.export import export_model
+
+    folder = tmp_path_factory.mktemp("docs")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        shutil.copytree(RECORDED / "tiny_vae", "my_vae")
+        (folder / "my_images").mkdir()
+        for i in range(6):
+            Image.new("RGB", (40, 30), (40 * i, 90, 120)).save(f"my_images/{i}.jpg")
+        shutil.copy("my_images/0.jpg", "cat.jpg")
+        steps = (
+            "size.registers=16",
+            "trainer.max_steps=2",
+            "trainer.val_check_interval=2",
+            "callbacks.last.every_n_steps=1",
+        )
+        run(small_config(folder / RUN, *steps, "optimizer.total_steps=2", "optimizer.warmup_steps=0"))
+        config = OmegaConf.to_container(compose(SMALL_RELEASE).model, resolve=True)
+        # `from_pretrained` prefers a folder to a repository of the same name.
+        for name in ("released", "EPFL-VILAB/flextok_d18_d28_dfn"):
+            export_model(instantiate(config), config, name)
+    return folder
+
+
+def run_train(arguments, caplog):
+    """Not trained: composed, checked, and its modules run over shapes alone."""
+    from flextok.cli.describe import _from_full_config
+    from flextok.cli.module_table import trace_modules
+
+    if {"--help", "--cfg"} & set(arguments):
+        done = subprocess.run([sys.executable, "train.py", *arguments], cwd=REPOSITORY, capture_output=True, timeout=60)
+        assert done.returncode == 0, done.stderr.decode()
+        return
+    config = compose([word.split(",")[0] if "-m" in arguments else word for word in arguments if word != "-m"])
+    check_config(config)
+    trace_modules(*_from_full_config(config))
+    assert not caplog.records, [record.getMessage() for record in caplog.records]
+
+
+def run_eval(arguments, caplog):
+    from flextok.evaluation.run import run
+
+    smaller = ["data.image_size=64"] if "data=image_folder" in arguments else []
+    config = compose([*arguments, *QUICK_EVALUATION, *smaller], "eval")
+    check_config(config)
+    metrics, folder = run(config)
+    assert metrics["protocol"]["num_images"] == 1
+    assert (folder / "metrics.json").exists()
+
+
+def run_flextok(arguments, caplog):
+    from flextok.cli import main
+
+    assert main(arguments) == 0
+
+
+def run_make(arguments, caplog):
+    makefile = (REPOSITORY / "Makefile").read_text()
+    for word in arguments:
+        name, is_variable, _ = word.partition("=")
+        assert re.search(rf"^{name}\s*\?=" if is_variable else rf"^{name}:", makefile, flags=re.MULTILINE), word
+
+
+COMMANDS = {
+    ("python", "train.py"): run_train,
+    ("python", "eval.py"): run_eval,
+    ("python", "-m", "flextok"): run_flextok,
+    ("make",): run_make,
+}
+
+
+def run_command(words, caplog):
+    for start, runner in COMMANDS.items():
+        if tuple(words[: len(start)]) == start:
+            return runner(words[len(start) :], caplog)
+    raise ValueError(f"no test knows the command {shlex.join(words)}")
+
+
+@each_document
+def test_commands_and_code_work_in_their_order(document, prepared, tmp_path, monkeypatch, caplog):
+    shutil.copytree(prepared, tmp_path, dirs_exist_ok=True)
+    monkeypatch.chdir(tmp_path)
+    for language, text in blocks(document):
+        if language == "sh":
+            for words in commands(text):
+                caplog.clear()
+                try:
+                    run_command(words, caplog)
+                except Exception as error:
+                    raise AssertionError(f"{document.name}: {shlex.join(words)}") from error
+        elif language == "python":
+            exec(compile(text, str(document), "exec"), {})
+
+
+@each_document
+def test_fenced_blocks_name_a_language_we_check(document):
+    assert {language for language, _ in blocks(document)} <= {"sh", "python", "text", "bibtex"}
+
+
+def test_the_output_of_describe_is_the_real_one(capsys):
+    readme = blocks(REPOSITORY / "README.md")
+    shown = next(text for language, text in readme if language == "text" and text.startswith("module "))
+    words = next(w for language, text in readme if language == "sh" for w in commands(text) if "describe" in w)
+    run_flextok(words[3:], None)
+    real = capsys.readouterr().out.splitlines()
+    missing = [line for line in shown.splitlines() if line != "..." and line not in real]
+    assert missing == []
+
+
+# --- trees, tables and names ------------------------------------------------------------------------------------------
+
+
+def tree_entries() -> dict[str, str]:
+    """`{path: description}` of the tree in the README; folders end in a slash."""
+    text = next(text for _, text in blocks(REPOSITORY / "README.md") if text.startswith("train.py "))
+    entries, parents = {}, []
+    for line in text.splitlines():
+        indent, name, description = re.fullmatch(r"( *)(\S+)(?: \*)?(?: {2,}(.*))?", line).groups()
+        parents = parents[: len(indent) // 2]
+        entries["".join(parents) + name] = description or ""
+        if name.endswith("/"):
+            parents.append(name)
+    return entries
+
+
+def test_the_tree_lists_every_file_of_the_package_and_nothing_else():
+    files = {
+        path.relative_to(REPOSITORY).as_posix() for path in REPOSITORY.glob("flextok/**/*.py") if path.stat().st_size
+    }
+    assert {path for path in tree_entries() if path.startswith("flextok/") and path.endswith(".py")} == files
+
+
+def test_the_tree_describes_what_exists():
+    for path, description in tree_entries().items():
+        assert (REPOSITORY / path).exists(), path
+        assert description or path.endswith("/"), f"{path} has no description"
+
+
+def test_the_tree_marks_the_files_that_checkpoints_name():
+    text = (REPOSITORY / "README.md").read_text()
+    marked = set(re.findall(r"^ *(\w+\.py) \*", text, flags=re.MULTILINE))
+    ours = {"flextok.pixel_vae.PixelVAE"}
+    fixed = {target.rsplit(".", 2)[1] + ".py" for target in ALLOWED_TARGETS - ours}
+    assert fixed <= marked
+
+
+def config_groups() -> dict[str, set[str]]:
+    return {path.name: {file.stem for file in path.glob("*.yaml")} for path in CONFIG_FOLDER.iterdir() if path.is_dir()}
+
+
+def test_the_tree_lists_every_config_group_with_its_options():
+    described = {path.split("/")[1]: text for path, text in tree_entries().items() if path.startswith("configs/")}
+    assert {name for name in described if not name.endswith(".yaml")} - {""} == set(config_groups())
+    for group, options in config_groups().items():
+        assert options <= set(re.findall(r"\w+", described[group])), group
+
+
+def test_the_table_of_groups_is_complete():
+    rows = re.findall(
+        r"^\| `(\w+)` \| ([^|]*) \|", (REPOSITORY / "docs/configuration.md").read_text(), flags=re.MULTILINE
+    )
+    table = {group: set(re.findall(r"`(\w+)`", options)) for group, options in rows if group in config_groups()}
+    assert table == config_groups() | {"model": config_groups()["model"] - {"flextok"}}
+
+
+@each_document
+def test_options_named_in_the_text_exist(document):
+    for group, option in re.findall(r"`(\w+)=(\w+)`", prose(document)):
+        assert group not in config_groups() or option in config_groups()[group], f"{group}={option}"
+
+
+@each_document
+def test_dotted_names_can_be_imported(document):
+    for name in re.findall(r"`(flextok(?:\.\w+)+)`", document.read_text()):
+        module, _, attribute = name.rpartition(".")
+        assert hasattr(import_module(module), attribute), name
+
+
+def test_the_dictionary_holds_every_class_outside_the_layers():
+    text = (REPOSITORY / "docs/names.md").read_text()
+    classes = {name for name in ALLOWED_TARGETS if name.rsplit(".", 1)[1][0].isupper() and ".layers." not in name}
+    assert {name for name in classes if f"`{name}`" not in text} == set()
+
+
+# --- links, pictures, results -----------------------------------------------------------------------------------------
+
+
+@each_document
+def test_links_and_pictures_exist(document):
+    missing = []
+    for target in re.findall(r"\]\(([^)\s]+)\)", prose(document)):
+        if not target.startswith(("https://", "#")) and not (document.parent / target.partition("#")[0]).exists():
+            missing.append(target)
+    assert missing == []
+
+
+def test_results_are_filled_in():
+    text = (REPOSITORY / "README.md").read_text()
+    results = re.search(r"<!-- results -->\n(.*?)<!-- /results -->", text, flags=re.DOTALL)
+    assert results is not None
+    assert "|" in results[1], "measured numbers are missing"
