@@ -1,5 +1,6 @@
 """FlexTok: images to ordered tokens and back (arXiv 2502.13967)."""
 
+import logging
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,8 @@ from flextok.flow_matching.sampling import GuidanceScale
 from flextok.model.data_dict import DataDict, Generators
 from flextok.utils.checkpoint import instantiate_parts, load_safetensors, sanitize_hydra_config
 from flextok.utils.export import export_model
+
+logger = logging.getLogger(__name__)
 
 
 class FlexTok(nn.Module):
@@ -85,7 +88,9 @@ class FlexTok(nn.Module):
         perform_norm_guidance: bool = False,
         **ignored: Any,
     ) -> DataDict:
-        """Quants to images; options as in `MinRFPipeline.__call__`."""
+        """Quants to images; options as in `MinRFPipeline.__call__`, others are ignored with a warning."""
+        if ignored:
+            logger.warning("decode ignores %s", ", ".join(sorted(ignored)))
         data_dict = self.pipeline(
             data_dict,
             generator=generator,
@@ -128,12 +133,19 @@ class FlexTok(nn.Module):
         Raises:
             ValueError: an entry has more ids than the model has registers, or another shape than `[1, l]`.
         """
+        if len(token_ids_list) == 0:
+            raise ValueError("token_ids_list is empty; give at least one tensor of ids [1, l]")
         padded = []
         for index, ids in enumerate(token_ids_list):
             if ids.ndim != 2 or ids.shape[0] != 1 or not 1 <= ids.shape[1] <= self.num_registers:
                 raise ValueError(
                     f"token_ids_list[{index}] has shape {tuple(ids.shape)}; "
                     f"valid: [1, l] with l in 1..{self.num_registers}"
+                )
+            if ids.min() < 0 or ids.max() >= self.regularizer.codebook_size:
+                raise ValueError(
+                    f"token_ids_list[{index}] has ids from {ids.min()} to {ids.max()}; "
+                    f"valid: 0 to {self.regularizer.codebook_size - 1}"
                 )
             padded.append(F.pad(ids, (0, self.num_registers - ids.shape[1])))
         quants = self.regularizer.indices_to_embedding(torch.cat(padded).to(self.device))

@@ -3,8 +3,8 @@
 import torch
 from torch import Tensor
 
+from flextok.image_codec import ImageCodec
 from flextok.model.data_dict import DataDict
-from flextok.vae_wrapper import ImageCodec
 
 
 class PixelVAE(ImageCodec):
@@ -22,9 +22,9 @@ class PixelVAE(ImageCodec):
         vae_latents_read_key: str,
         vae_latents_write_key: str,
         images_reconst_write_key: str,
-        latent_channels: int = 3,
-        mean: float = 0.0,
-        std: float = 1.0,
+        latent_channels: int,
+        mean: float,
+        std: float,
         force_vae_encode: bool = True,
     ) -> None:
         super().__init__(

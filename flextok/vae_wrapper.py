@@ -1,84 +1,13 @@
 """Images to latents and back with a diffusers `AutoencoderKL`."""
 
-from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from flextok.image_codec import ImageCodec
 from flextok.model.data_dict import RNG_KEY, DataDict
-from flextok.model.packed_list import PackedList
 from flextok.utils.misc import get_autocast_context, str_to_dtype
-
-
-class ImageCodec(nn.Module):
-    """What every VAE shares: its keys, batching of lists, and skipping of latents that are already there.
-
-    Subclasses define `_encode` and `_decode` on batches `[batch, channels, height, width]`.
-    """
-
-    downsample_factor: int
-
-    def __init__(
-        self,
-        images_read_key: str,
-        vae_latents_read_key: str,
-        vae_latents_write_key: str,
-        images_reconst_write_key: str,
-        force_vae_encode: bool,
-    ) -> None:
-        super().__init__()
-        self.images_read_key = images_read_key
-        self.vae_latents_read_key = vae_latents_read_key
-        self.vae_latents_write_key = vae_latents_write_key
-        self.images_reconst_write_key = images_reconst_write_key
-        self.force_vae_encode = force_vae_encode
-
-    def _encode(self, images: Tensor, data_dict: DataDict) -> Tensor:
-        raise NotImplementedError
-
-    def _decode(self, latents: Tensor) -> Tensor:
-        raise NotImplementedError
-
-    def init_weights_muP(self) -> None:
-        """Nothing to do: the VAE is pretrained."""
-
-    def encode(self, data_dict: DataDict) -> DataDict:
-        """Images `[1, 3, H, W]` in [-1, 1] -> scaled latents `[1, c, h, w]`.
-
-        Raises:
-            ValueError: the images of the batch differ in size.
-        """
-        if not self.force_vae_encode and self.vae_latents_write_key in data_dict:
-            return data_dict
-        images = _one_size(data_dict[self.images_read_key], self.images_read_key)
-        data_dict[self.vae_latents_write_key] = PackedList(self._encode(images, data_dict))
-        return data_dict
-
-    def decode(self, data_dict: DataDict) -> DataDict:
-        """Scaled latents -> images; samples of several sizes are decoded one by one."""
-        latents = PackedList.pack_if_uniform(data_dict[self.vae_latents_read_key])
-        if isinstance(latents, PackedList):
-            data_dict[self.images_reconst_write_key] = PackedList(self._decode(latents.tensor))
-        else:
-            data_dict[self.images_reconst_write_key] = [self._decode(sample) for sample in latents]
-        return data_dict
-
-    def autoencode(self, data_dict: DataDict) -> DataDict:
-        """Encode, then decode what was encoded."""
-        data_dict = self.encode(data_dict)
-        data_dict[self.vae_latents_read_key] = data_dict[self.vae_latents_write_key]
-        return self.decode(data_dict)
-
-    def forward(self, data_dict: DataDict) -> DataDict:
-        return self.autoencode(data_dict)
-
-
-def _one_size(images: Sequence[Tensor], key: str) -> Tensor:
-    packed = PackedList.pack_if_uniform(images)
-    if not isinstance(packed, PackedList):
-        raise ValueError(f"{key!r}: images of one batch must have one size, got {[tuple(i.shape) for i in images]}")
-    return packed.tensor
 
 
 def _default_architecture(latent_channels: int) -> Any:
@@ -146,7 +75,7 @@ class StableDiffusionVAE(ImageCodec):
         if learnable_logvar:
             self.logvar = nn.Parameter(torch.tensor(float(logvar_init)))
         if compile_encode_fn:
-            self.vae.encode = torch.compile(self.vae.encode)
+            self.vae.encoder.compile()
         if frozen:
             self.freeze()
 
@@ -161,6 +90,10 @@ class StableDiffusionVAE(ImageCodec):
     @property
     def device(self) -> torch.device:
         return next(self.vae.parameters()).device
+
+    @property
+    def _weight_dtype(self) -> torch.dtype:
+        return next(self.vae.parameters()).dtype
 
     @property
     def device_type(self) -> str:
@@ -183,7 +116,7 @@ class StableDiffusionVAE(ImageCodec):
 
     def _encode(self, images: Tensor, data_dict: DataDict) -> Tensor:
         with get_autocast_context(images, self.dtype):
-            posterior = self.vae.encode(images.float() if self.dtype == torch.float32 else images).latent_dist
+            posterior = self.vae.encode(images.to(self._weight_dtype)).latent_dist
         if self.vae_kl_loss_write_key is not None:
             data_dict[self.vae_kl_loss_write_key] = posterior.kl()
         generator = data_dict.get(RNG_KEY)
@@ -193,7 +126,7 @@ class StableDiffusionVAE(ImageCodec):
     def _decode(self, latents: Tensor) -> Tensor:
         latents = latents / self.scaling_factor
         with get_autocast_context(latents, self.dtype):
-            return self.vae.decode(latents.float() if self.dtype == torch.float32 else latents).sample
+            return self.vae.decode(latents.to(self._weight_dtype)).sample
 
 
 def _load_autoencoder(path: str) -> Any:

@@ -6,7 +6,6 @@ in whatever form a backend wants, so nothing of size tokens x tokens is built un
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
 from typing import Any, Literal, NamedTuple, TypeVar, get_args
 
 import torch
@@ -46,21 +45,28 @@ class SequenceLayout:
     """Per sample, how many tokens of the last sub-sequence are kept; None keeps all."""
     total: int | None = None
     """Length of the packed row with padding; None means no padding."""
-    _derived: dict[tuple[str, torch.device], Any] = field(default_factory=dict, repr=False, compare=False)
+    sample_lengths: tuple[int, ...] = field(init=False, repr=False, compare=False)
+    """Per sample, the tokens of all its sub-sequences."""
+    is_uniform: bool = field(init=False, repr=False, compare=False)
+    """True if all samples have the same sub-sequence lengths."""
+    drops_tokens: bool = field(init=False, repr=False, compare=False)
+    """True if nested dropout hides at least one token."""
+    _derived: dict[tuple[str, torch.device], Any] = field(init=False, repr=False, compare=False, default_factory=dict)
 
     def __post_init__(self) -> None:
         if self.mode not in get_args(MaskMode):
             raise ValueError(f"mask_mode={self.mode!r} is unknown; valid: {', '.join(get_args(MaskMode))}")
         if self.keep_last is not None and len(self.keep_last) != len(self.lengths):
             raise ValueError(f"keep_k has {len(self.keep_last)} entries for a batch of {len(self.lengths)}")
+        kept = zip(self.keep_last or (), self.lengths, strict=False)
+        # Set here and not on first use: a lock-guarded cached property would break compiled graphs.
+        object.__setattr__(self, "sample_lengths", tuple(map(sum, self.lengths)))
+        object.__setattr__(self, "is_uniform", all(row == self.lengths[0] for row in self.lengths))
+        object.__setattr__(self, "drops_tokens", any(keep < row[-1] for keep, row in kept))
         if self.total is not None and self.total < self.num_tokens:
             raise ValueError(f"{self.num_tokens} tokens do not fit in a packed row of {self.total}")
 
-    @cached_property
-    def sample_lengths(self) -> tuple[int, ...]:
-        return tuple(sum(lengths) for lengths in self.lengths)
-
-    @cached_property
+    @property
     def num_tokens(self) -> int:
         """Tokens without padding."""
         return sum(self.sample_lengths)
@@ -69,18 +75,6 @@ class SequenceLayout:
     def row_length(self) -> int:
         """Tokens with padding."""
         return self.num_tokens if self.total is None else self.total
-
-    @cached_property
-    def is_uniform(self) -> bool:
-        """True if all samples have the same sub-sequence lengths."""
-        return all(lengths == self.lengths[0] for lengths in self.lengths)
-
-    @cached_property
-    def drops_tokens(self) -> bool:
-        """True if nested dropout hides at least one token."""
-        if self.keep_last is None:
-            return False
-        return any(keep < lengths[-1] for keep, lengths in zip(self.keep_last, self.lengths, strict=True))
 
     def derive(self, name: str, device: torch.device, build: Callable[[torch.device], T]) -> T:
         """What `build(device)` returns, built once per layout: all layers of a forward pass share it."""

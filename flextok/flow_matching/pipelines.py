@@ -44,10 +44,16 @@ class MinRFPipeline:
         self.out_channels = out_channels
 
     def _sizes(self, data_dict: DataDict, sizes: int | Sequence[Sequence[int]] | None) -> list[tuple[int, int]]:
+        batch = len(data_dict[self.latents_read_key])
         if isinstance(sizes, int):
-            return [(sizes, sizes)] * len(data_dict[self.latents_read_key])
+            return [(sizes, sizes)] * batch
         if sizes is not None:
-            return [(int(h), int(w)) for h, w in sizes]
+            pairs = [tuple(size) for size in sizes if isinstance(size, Sequence) and len(size) == 2]
+            if len(pairs) != batch or len(sizes) != batch:
+                raise ValueError(
+                    f"vae_image_sizes={sizes!r}: valid is one int, or {batch} pairs (h, w), one per sample"
+                )
+            return [(int(h), int(w)) for h, w in pairs]
         if self.target_sizes_read_key is None:
             raise ValueError("vae_image_sizes=None needs target_sizes_read_key; give the latents' size, or (h, w) each")
         return self._sizes(data_dict, data_dict[self.target_sizes_read_key])
@@ -111,8 +117,10 @@ class MinRFPipeline:
             perform_norm_guidance: APG instead of plain classifier-free guidance.
         """
         num_steps = DEFAULT_NUM_STEPS if timesteps is None else timesteps
-        if num_steps < 1:
-            raise ValueError(f"timesteps={timesteps}: decoding needs at least one step")
+        if not isinstance(num_steps, int) or num_steps < 1:
+            raise ValueError(f"timesteps={timesteps!r}: valid is a number of steps, at least 1, or None for 25")
+        if not callable(guidance_scale) and not isinstance(guidance_scale, int | float):
+            raise ValueError(f"guidance_scale={guidance_scale!r}: valid is a number, or a function of time")
         x = self._start(data_dict, vae_image_sizes, data_dict.get(RNG_KEY) if generator is None else generator)
         batch = sum(samples.shape[0] for samples in x)
         velocity = self._velocity(data_dict, batch, guidance_scale, apg=perform_norm_guidance)

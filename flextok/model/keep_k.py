@@ -1,7 +1,8 @@
 """How many tokens of each sample to keep: the distributions of nested dropout."""
 
-from collections.abc import Sequence
-from typing import Literal, get_args
+from collections.abc import Iterable, Sequence
+from operator import index
+from typing import Any, Literal, get_args
 
 import torch
 
@@ -31,6 +32,17 @@ def default_keep_ks(num_registers: int) -> list[int]:
     """Where models are judged unless told otherwise: powers of two below the number of registers, and that number."""
     powers = [2**exponent for exponent in range(num_registers.bit_length())]
     return sorted({power for power in powers if power < num_registers} | {num_registers})
+
+
+def checked_keep_ks(keep_ks: Iterable[Any], batch: int, key: str) -> list[int]:
+    """One whole number >= 0 per sample, as plain ints; ValueError names `key` and what is wrong."""
+    try:
+        values = [index(keep_k) for keep_k in keep_ks]
+    except TypeError:
+        values = [-1]
+    if len(values) != batch or min(values, default=0) < 0:
+        raise ValueError(f"{key}={keep_ks!r}: valid is a list of {batch} whole numbers, one per sample, none negative")
+    return values
 
 
 def check_keep_k_mode(mode: str, num_tokens: Sequence[int] = ()) -> None:

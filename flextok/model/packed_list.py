@@ -1,7 +1,6 @@
 """A batch of samples stored as one tensor that still behaves as the list of `[1, ...]` tensors it stands for."""
 
 from collections.abc import Callable, Iterator, Sequence
-from functools import cached_property
 from math import prod
 from typing import Any, overload
 
@@ -48,14 +47,14 @@ class PackedList(Sequence[Tensor]):
         """True if all samples share one shape, so that `tensor` is `[batch, *shape]`."""
         return self._shapes is None
 
-    @cached_property
+    @property
     def shapes(self) -> tuple[tuple[int, ...], ...]:
         """Shape of each entry, its leading 1 included."""
         if self._shapes is not None:
             return self._shapes
         return ((1, *self.tensor.shape[1:]),) * self.tensor.shape[0]
 
-    @cached_property
+    @property
     def num_tokens(self) -> tuple[int, ...]:
         """Per sample, the product of all axes but the last."""
         return tuple(prod(shape[:-1]) for shape in self.shapes)
@@ -73,25 +72,23 @@ class PackedList(Sequence[Tensor]):
             return rows.view(rows.shape[0], *(1,) * (self.tensor.ndim - 2), rows.shape[-1])
         return rows.repeat_interleave(torch.tensor(self.num_tokens, device=rows.device), dim=0)
 
-    @cached_property
-    def _entries(self) -> tuple[Tensor, ...]:
-        if self._shapes is None:
-            return self.tensor.split(1)
-        parts = self.tensor.split(list(self.num_tokens))
-        return tuple(part.view(shape) for part, shape in zip(parts, self._shapes, strict=True))
-
     @overload
     def __getitem__(self, index: int) -> Tensor: ...
     @overload
     def __getitem__(self, index: slice) -> Sequence[Tensor]: ...
     def __getitem__(self, index: int | slice) -> Tensor | Sequence[Tensor]:
-        return self._entries[index]
+        if self._shapes is None and isinstance(index, int):
+            return self.tensor[range(len(self))[index]][None]
+        return tuple(self)[index]
 
     def __len__(self) -> int:
         return self.tensor.shape[0] if self._shapes is None else len(self._shapes)
 
     def __iter__(self) -> Iterator[Tensor]:
-        return iter(self._entries)
+        if self._shapes is None:
+            return iter(self.tensor.split(1))
+        parts = zip(self.tensor.split(list(self.num_tokens)), self._shapes, strict=True)
+        return (part.view(shape) for part, shape in parts)
 
     def __repr__(self) -> str:
         return f"PackedList({len(self)} samples, {list(self.shapes[:1] if self.is_uniform else self.shapes)})"
@@ -107,7 +104,7 @@ def repeat_batch(value: Any, batch: int, times: int) -> Any:
             return value
         shapes = None if value.is_uniform else value.shapes * times
         return PackedList(value.tensor.repeat(times, *(1,) * (value.tensor.ndim - 1)), shapes)
-    if isinstance(value, list | tuple) and len(value) == batch:
+    if isinstance(value, Sequence) and not isinstance(value, str) and len(value) == batch:
         return list(value) * times
     if isinstance(value, Tensor) and value.ndim > 0 and value.shape[0] == batch:
         return value.repeat(times, *(1,) * (value.ndim - 1))

@@ -3,23 +3,33 @@
 import torch
 from torch import Tensor, nn
 
+from flextok.attention.backends import AttentionMask
+from flextok.attention.layout import SequenceLayout
+
 
 class DropPath(nn.Module):
-    """Zero a residual branch for a random share of the leading indices and rescale the rest, in training only.
+    """Zero a residual branch for a random share of the samples and rescale the rest, in training only.
 
-    In a packed row the leading axis is 1, so the whole pack is dropped or kept. Source: arXiv 1603.09382.
+    Samples are the leading indices or, in a packed row whose layout is given, the samples of the row. Draws, like those
+    of `nn.Dropout`, from torch's default generator. Source: arXiv 1603.09382.
     """
 
     def __init__(self, drop_prob: float = 0.0) -> None:
         super().__init__()
+        if not 0.0 <= drop_prob < 1.0:
+            raise ValueError(f"drop_prob={drop_prob} is not in [0, 1)")
         self.drop_prob = drop_prob
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, mask: AttentionMask = None) -> Tensor:
         if self.drop_prob == 0.0 or not self.training:
             return x
-        keep_prob = 1.0 - self.drop_prob
-        kept = torch.rand((x.shape[0], *(1,) * (x.ndim - 1)), device=x.device) < keep_prob
-        return x * kept.to(x.dtype) / keep_prob if keep_prob > 0.0 else torch.zeros_like(x)
+        num_samples = len(mask.lengths) if isinstance(mask, SequenceLayout) else x.shape[0]
+        factors = (torch.rand(num_samples, device=x.device) >= self.drop_prob).to(x.dtype) / (1.0 - self.drop_prob)
+        if isinstance(mask, SequenceLayout):
+            lengths = torch.tensor(mask.sample_lengths, device=x.device)
+            rows = factors.repeat_interleave(lengths)
+            return x * nn.functional.pad(rows, (0, x.shape[1] - rows.shape[0]))[None, :, None]
+        return x * factors.view(-1, *(1,) * (x.ndim - 1))
 
     def extra_repr(self) -> str:
         return f"drop_prob={self.drop_prob}"

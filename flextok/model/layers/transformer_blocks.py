@@ -84,7 +84,7 @@ class _Block(MuPInit):
             bias=mlp_bias,
             weight_init_style=weight_init_style,
         )
-        self.drop_path = DropPath(drop_path) if drop_path > 0.0 else nn.Identity()
+        self.drop_path = DropPath(drop_path)
         if self._num_modulations:
             rows = adaLN_expansion * self._num_modulations * dim
             self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(dim, rows))
@@ -113,8 +113,8 @@ class FlexBlock(_Block):
         rope_forward: RopeForward | None = None,
     ) -> Tensor:
         attended = self.attn(self.norm1(x), score_mod=score_mod, block_mask=block_mask, rope_forward=rope_forward)
-        x = x + self.drop_path(attended)
-        return x + self.drop_path(self.mlp(self.norm2(x)))
+        x = x + self.drop_path(attended, block_mask)
+        return x + self.drop_path(self.mlp(self.norm2(x)), block_mask)
 
 
 class FlexBlockAdaLN(_Block):
@@ -139,8 +139,8 @@ class FlexBlockAdaLN(_Block):
         )
         attn_in = modulate(self.norm1(x), shift_attn, scale_attn)
         attended = self.attn(attn_in, score_mod=score_mod, block_mask=block_mask, rope_forward=rope_forward)
-        x = x + gate_attn * self.drop_path(attended)
-        return x + gate_mlp * self.drop_path(self.mlp(modulate(self.norm2(x), shift_mlp, scale_mlp)))
+        x = x + gate_attn * self.drop_path(attended, block_mask)
+        return x + gate_mlp * self.drop_path(self.mlp(modulate(self.norm2(x), shift_mlp, scale_mlp)), block_mask)
 
 
 class FlexDecoderBlock(_Block):
@@ -166,12 +166,12 @@ class FlexDecoderBlock(_Block):
         attended = self.self_attn(
             self.norm1(x), score_mod=sa_score_mod, block_mask=sa_block_mask, rope_forward=rope_forward
         )
-        x = x + self.drop_path(attended)
+        x = x + self.drop_path(attended, sa_block_mask)
         crossed = self.cross_attn(
             self.query_norm(x), self.context_norm(context), score_mod=xa_score_mod, block_mask=xa_block_mask
         )
-        x = x + self.drop_path(crossed)
-        return x + self.drop_path(self.mlp(self.norm2(x)))
+        x = x + self.drop_path(crossed, sa_block_mask)
+        return x + self.drop_path(self.mlp(self.norm2(x)), sa_block_mask)
 
 
 class FlexDecoderBlockAdaLN(FlexDecoderBlock):
@@ -200,12 +200,12 @@ class FlexDecoderBlockAdaLN(FlexDecoderBlock):
             block_mask=sa_block_mask,
             rope_forward=rope_forward,
         )
-        x = x + gate_sa * self.drop_path(attended)
+        x = x + gate_sa * self.drop_path(attended, sa_block_mask)
         crossed = self.cross_attn(
             modulate(self.query_norm(x), shift_q, scale_q),
             modulate(self.context_norm(context), shift_c, scale_c),
             score_mod=xa_score_mod,
             block_mask=xa_block_mask,
         )
-        x = x + gate_xa * self.drop_path(crossed)
-        return x + gate_mlp * self.drop_path(self.mlp(modulate(self.norm2(x), shift_mlp, scale_mlp)))
+        x = x + gate_xa * self.drop_path(crossed, sa_block_mask)
+        return x + gate_mlp * self.drop_path(self.mlp(modulate(self.norm2(x), shift_mlp, scale_mlp)), sa_block_mask)

@@ -6,6 +6,7 @@ from typing import Any
 import torch
 
 from flextok.model.data_dict import DataDict
+from flextok.model.keep_k import checked_keep_ks
 from flextok.model.packed_list import PackedList
 from flextok.model.preprocessors.flex_seq_packing import BlockWiseSequencePacker, CutShape
 
@@ -31,18 +32,21 @@ class NestedDropoutSequencePacker(BlockWiseSequencePacker):
         self.drop_masked = drop_masked
 
     def _keep_ks(self, data_dict: DataDict) -> Sequence[int] | None:
-        return None if self.drop_masked else data_dict.get(self.keep_k_read_key)
+        return None if self.drop_masked else self._given_keep_ks(data_dict)
+
+    def _given_keep_ks(self, data_dict: DataDict) -> list[int] | None:
+        keep_ks = data_dict.get(self.keep_k_read_key)
+        batch = len(data_dict[self.input_list_read_keys[-1]])
+        return None if keep_ks is None else checked_keep_ks(keep_ks, batch, self.keep_k_read_key)
 
     def _subsequences(self, data_dict: DataDict) -> tuple[list[PackedList], list[list[Sequence[int]]]]:
         subsequences, shapes = super()._subsequences(data_dict)
-        keep_ks = data_dict.get(self.keep_k_read_key)
+        keep_ks = self._given_keep_ks(data_dict)
         if not self.drop_masked or keep_ks is None:
             return subsequences, shapes
-        if len(keep_ks) != len(shapes):
-            raise ValueError(f"{self.keep_k_read_key} has {len(keep_ks)} entries for a batch of {len(shapes)}")
         if any(len(sample[-1]) != 1 for sample in shapes):
             raise ValueError(f"{self.input_list_read_keys[-1]!r} must hold 1D tokens to be cut at keep_k")
-        cut = [CutShape.prefix(sample[-1], int(keep)) for sample, keep in zip(shapes, keep_ks, strict=True)]
+        cut = [CutShape.prefix(sample[-1], keep) for sample, keep in zip(shapes, keep_ks, strict=True)]
         subsequences[-1] = _prefixes(subsequences[-1], [shape[0] for shape in cut])
         return subsequences, [[*sample[:-1], shape] for sample, shape in zip(shapes, cut, strict=True)]
 

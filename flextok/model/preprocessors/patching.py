@@ -86,9 +86,14 @@ class PatchEmbedder(MuPInit):
         """Patches along each axis of an input of `sizes`."""
         return get_num_patches(sizes, self.patch_sizes)
 
+    def _project(self, patches: Tensor) -> Tensor:
+        if isinstance(self.patch_proj, nn.Linear):
+            patches = patches.to(self.patch_proj.weight.dtype)
+        return self.patch_proj(patches)
+
     def forward(self, data_dict: DataDict) -> DataDict:
         entries = PackedList.pack_if_uniform(data_dict[self.input_tensor_list_read_key])
         patches, num_patches = patchify_tensor_list(entries, self.patch_sizes, self.flatten_patches)
-        data_dict[self.patches_list_write_key] = patches.map(self.patch_proj)
+        data_dict[self.patches_list_write_key] = patches.map(self._project)
         data_dict[self.n_patches_write_key] = num_patches
         return data_dict

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from flextok.model.data_dict import RNG_KEY, DataDict
 from flextok.model.init import MuPInit, init_token
-from flextok.model.keep_k import KeepKMode, check_keep_k_mode, sample_keep_k
+from flextok.model.keep_k import KeepKMode, check_keep_k_mode, checked_keep_ks, sample_keep_k
 from flextok.model.packed_list import PackedList
 
 
@@ -15,8 +15,6 @@ def keep_prefix(tokens: Sequence[Tensor], keep_ks: Sequence[int], fill: Tensor) 
     """Entries `[1, n, dim]` with the positions at index >= their `keep_k` replaced by `fill` `[dim]`."""
     packed = PackedList.pack(tokens)
     x = packed.tensor
-    if len(keep_ks) != len(packed):
-        raise ValueError(f"keep_k has {len(keep_ks)} entries for a batch of {len(packed)}")
     # The published decoder casts the mask token to the tokens' dtype.
     fill = fill.to(x.dtype)
     if packed.is_uniform:
@@ -34,7 +32,7 @@ def nested_dropout_keep_ks(
     """`keep_k` of each sample: drawn in training; read in evaluation, None if the key is absent."""
     if not training:
         keep_ks = data_dict.get(eval_key)
-        return None if keep_ks is None else [int(keep_k) for keep_k in keep_ks]
+        return None if keep_ks is None else checked_keep_ks(keep_ks, len(batch_tokens), eval_key)
     check_keep_k_mode(mode, batch_tokens)
     return sample_keep_k(mode, batch_tokens, data_dict.get(RNG_KEY))
 
