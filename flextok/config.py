@@ -64,6 +64,8 @@ def describe_error(error: BaseException) -> str:
         if isinstance(cause, OmegaConfBaseException):
             messages.extend(_suggestion(cause))
         cause = cause.__cause__
+    if any(text.startswith("Config group override must be") for text in messages):
+        messages.append("to leave a group out write <group>=none, such as logger=none")
     return " | ".join(messages) or type(error).__name__
 
 

@@ -1,18 +1,20 @@
 """FlexTok: images to ordered tokens and back (arXiv 2502.13967)."""
 
+import json
 import logging
+import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from huggingface_hub import PyTorchModelHubMixin
+from huggingface_hub import PyTorchModelHubMixin, hf_hub_download
 from torch import Tensor, nn
 
 from flextok.flow_matching.sampling import GuidanceScale
 from flextok.model.data_dict import DataDict, Generators
-from flextok.utils.checkpoint import instantiate_parts, load_safetensors, sanitize_hydra_config
+from flextok.utils.checkpoint import check_file_fits, instantiate_parts, load_safetensors, sanitize_hydra_config
 from flextok.utils.export import export_model
 
 logger = logging.getLogger(__name__)
@@ -169,6 +171,41 @@ class FlexTokFromHub(FlexTok, PyTorchModelHubMixin):
         super().__init__(**instantiate_parts(self.config))
 
     @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: str | Path, **options: Any) -> Any:
+        """Load a folder with `config.json` and `model.safetensors`, or a model of the hub (`owner/name`).
+
+        Raises ValueError for what is neither, for a damaged or unsafe file, and for one that does not fit its config.
+        """
+        path = Path(pretrained_model_name_or_path)
+        if path.is_dir():
+            missing = [name for name in ("config.json", "model.safetensors") if not (path / name).is_file()]
+            if missing:
+                raise ValueError(f"{path}: no {' and no '.join(missing)}; a model folder holds both")
+            _check_config_file(path / "config.json")
+        elif path.exists():
+            raise ValueError(f"{path}: is a file; give its folder, or take load_model_from_safetensors for a file")
+        elif not re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", str(pretrained_model_name_or_path)):
+            raise ValueError(f"{path}: no such folder; valid: a folder, or the name of a hub model (owner/name)")
+        return super().from_pretrained(pretrained_model_name_or_path, **options)
+
+    @classmethod
+    def _from_pretrained(
+        cls, *, model_id: str, config: Any = None, map_location: str = "cpu", strict: bool = True, **download: Any
+    ) -> Any:
+        if Path(model_id).is_dir():
+            file = str(Path(model_id) / "model.safetensors")
+        else:
+            file = hf_hub_download(model_id, "model.safetensors", **download)
+        if config is None:
+            raise ValueError(f"{model_id}: no config.json")
+        check_file_fits(file, config)
+        return cls._load_as_safetensor(cls(config), file, map_location, strict)
+
+    @classmethod
+    def _load_as_pickle(cls, model: Any, model_file: str, map_location: str, strict: bool) -> Any:
+        raise ValueError(f"{model_file}: pickled weights are not loaded; valid: model.safetensors")
+
+    @classmethod
     def _load_as_safetensor(cls, model: Any, model_file: str, map_location: str, strict: bool) -> Any:
         """Load weights strictly whatever `strict` says: half-loaded weights would only give wrong images."""
         try:
@@ -179,3 +216,10 @@ class FlexTokFromHub(FlexTok, PyTorchModelHubMixin):
 
     def _save_pretrained(self, save_directory: Path) -> None:
         export_model(self, self.config, save_directory, overwrite=True)
+
+
+def _check_config_file(file: Path) -> None:
+    try:
+        sanitize_hydra_config(json.loads(file.read_text(encoding="utf-8")))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{file}: {error}") from error

@@ -4,10 +4,10 @@ import math
 from collections.abc import Mapping
 from pathlib import Path
 
-import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
+from flextok.data.transforms import to_pil
 from flextok.utils.checkpoint import atomic_path
 
 MIN_TILE, MAX_TILE = 64, 256
@@ -52,7 +52,7 @@ def image_grid(rows: Mapping[str, Tensor]) -> Image.Image:
         top = MARGIN + row * (tile_height + GAP)
         _draw_label(draw, label, right=left - MARGIN, middle=top + tile_height // 2, font=font)
         for column, image in enumerate(images):
-            tile = _to_pil(image).resize((tile_width, tile_height), _filter(tile_width, width))
+            tile = to_pil(image).resize((tile_width, tile_height), _filter(tile_width, width))
             canvas.paste(tile, (left + column * (tile_width + GAP), top))
     return canvas
 
@@ -67,11 +67,6 @@ def tile_size(height: int, width: int) -> tuple[int, int]:
 
 def _filter(tile_width: int, width: int) -> Image.Resampling:
     return Image.Resampling.LANCZOS if tile_width < width else Image.Resampling.NEAREST
-
-
-def _to_pil(image: Tensor) -> Image.Image:
-    pixels = ((image.detach().float().cpu().clamp(-1, 1) + 1) * 127.5).round().permute(1, 2, 0).numpy()
-    return Image.fromarray(pixels.astype(np.uint8))
 
 
 def _draw_label(

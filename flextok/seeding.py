@@ -4,6 +4,7 @@ Python's `hash` of a string changes from process to process, and sums such as `s
 cryptographic digest does neither.
 """
 
+from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -38,3 +39,8 @@ def image_generator(seed: int, key: str, *, stream: str = "decode") -> "torch.Ge
     import torch
 
     return torch.Generator().manual_seed(mixed_seed(seed, key, stream))
+
+
+def image_generators(seed: int, keys: Iterable[str], *, stream: str) -> "list[torch.Generator]":
+    """The generators of a batch of images; see `image_generator`."""
+    return [image_generator(seed, key, stream=stream) for key in keys]

@@ -27,8 +27,10 @@ ALLOWED = {
     "flextok_wrapper": LIBRARY,
     "data": {"seeding"},
     "seeding": set(),
-    "pictures": {"utils"},
-    "evaluation": {"data", "pictures", "seeding", "training", *LIBRARY},
+    "provenance": set(),
+    "reconstruct": {"seeding", *LIBRARY},
+    "pictures": {"data", "utils"},
+    "evaluation": {"data", "pictures", "provenance", "reconstruct", "seeding", "training", *LIBRARY},
     "generation": {"data", "seeding", *LIBRARY},
 }
 # Only these parts may import the library at module level, everybody else inside functions.

@@ -2,7 +2,7 @@
 
 import torch
 
-from flextok.seeding import image_generator, mixed_seed
+from flextok.seeding import image_generator, image_generators, mixed_seed
 
 
 def test_seeds_are_the_same_on_every_machine():
@@ -31,3 +31,12 @@ def test_image_generators_differ_by_seed_key_and_stream_only():
     assert torch.equal(draw(0, "a"), draw(0, "a"))
     for other in (draw(1, "a"), draw(0, "b"), draw(0, "a", stream="encode")):
         assert not torch.equal(draw(0, "a"), other)
+
+
+def test_an_image_meets_the_same_numbers_in_any_batch():
+    def draws(keys, stream):
+        return [torch.randn(4, generator=generator) for generator in image_generators(0, keys, stream=stream)]
+
+    alone = draws(["b"], "encode")[0]
+    assert torch.equal(draws(["a", "b", "c"], "encode")[1], alone)
+    assert not torch.equal(draws(["b"], "decode")[0], alone)

@@ -1,12 +1,13 @@
 """The snippet of the README works as written, and importing the package costs nothing."""
 
+import shutil
 import subprocess
 import sys
 
 import pytest
 import torch
 
-from tests.support import REPOSITORY
+from tests.support import RECORDED, REPOSITORY
 
 
 def test_images_become_tokens_and_any_number_of_them_becomes_images(recorded_folder):
@@ -64,6 +65,49 @@ def test_samples_of_different_length_share_one_call(recorded_folder):
         generator = [torch.Generator().manual_seed(length)]
         alone = model.detokenize(ids[i : i + 1], generator=generator, **options)
         torch.testing.assert_close(alone[0], together[i], atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("missing", ["config.json", "model.safetensors"])
+def test_a_model_folder_needs_both_files(missing, tmp_path):
+    from flextok import FlexTokFromHub
+
+    shutil.copytree(RECORDED / "tiny_flextok", tmp_path, dirs_exist_ok=True)
+    (tmp_path / missing).unlink()
+    torch.save({}, tmp_path / "pytorch_model.bin")
+    with pytest.raises(ValueError, match=rf"{tmp_path}: no {missing}; a model folder holds both"):
+        FlexTokFromHub.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["no_such_folder", "./no/such", "/no/such/folder", "no/such/folder", ""])
+def test_a_name_that_is_no_folder_and_no_hub_model_is_refused(name):
+    from flextok import FlexTokFromHub
+
+    with pytest.raises(ValueError, match=r"valid|no config\.json"):
+        FlexTokFromHub.from_pretrained(name)
+
+
+def test_a_hub_name_goes_on_to_the_hub():
+    from flextok import FlexTokFromHub
+
+    with pytest.raises(OSError, match="Hub"):
+        FlexTokFromHub.from_pretrained("owner/model")
+
+
+@pytest.mark.parametrize("text", ["", "[1]", "{", "[" * 100_000, '{"vae": "${x}"}'])
+def test_a_damaged_config_file_is_named(text, tmp_path):
+    from flextok import FlexTokFromHub
+
+    shutil.copytree(RECORDED / "tiny_flextok", tmp_path, dirs_exist_ok=True)
+    (tmp_path / "config.json").write_text(text)
+    with pytest.raises(ValueError, match=r"config\.json: "):
+        FlexTokFromHub.from_pretrained(tmp_path)
+
+
+def test_pickled_weights_are_refused():
+    from flextok import FlexTokFromHub
+
+    with pytest.raises(ValueError, match=r"weights\.bin: pickled weights are not loaded; valid: model\.safetensors"):
+        FlexTokFromHub._load_as_pickle(None, "weights.bin", "cpu", strict=True)
 
 
 def loaded_after(statement):

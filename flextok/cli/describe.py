@@ -31,6 +31,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         nargs="*",
         help="overrides of the training config, or one existing path",
     )
+    parser.add_argument(
+        "--trust", action="store_true", help="build whatever the config of a run names; only for runs of your own"
+    )
 
 
 def run(args: argparse.Namespace) -> int:
@@ -43,7 +46,7 @@ def run(args: argparse.Namespace) -> int:
 
     try:
         if len(args.what) == 1 and Path(args.what[0]).exists():
-            config, latent_shape = _from_path(Path(args.what[0]))
+            config, latent_shape = _from_path(Path(args.what[0]), trust=args.trust)
         else:
             config, latent_shape = _from_overrides(args.what)
         rows = trace_modules(config, latent_shape)
@@ -78,28 +81,48 @@ def _from_full_config(config: Any) -> tuple[dict[str, Any], LatentShape]:
     return model, (config.latent.channels, side, side)
 
 
-def _from_path(path: Path) -> tuple[dict[str, Any], LatentShape]:
-    from omegaconf import OmegaConf
-
+def _from_path(path: Path, *, trust: bool) -> tuple[dict[str, Any], LatentShape]:
     from flextok.cli.module_table import PARTS
-    from flextok.utils.checkpoint import load_metadata, sanitize_hydra_config
+    from flextok.utils.checkpoint import load_metadata, load_shapes, sanitize_hydra_config
+    from flextok.utils.instantiate import check_numbers
 
     if path.is_dir() and (path / "config.yaml").exists():
-        return _from_full_config(OmegaConf.load(path / "config.yaml"))
+        return _from_run(path, trust=trust)
     if path.is_dir() and (path / "config.json").exists():
         config = sanitize_hydra_config(json.loads((path / "config.json").read_text(encoding="utf-8")))
     elif path.is_dir():
         raise ValueError(f"{path}: holds neither a run (config.yaml) nor a model (config.json)")
     else:
         config = load_metadata(path)
+    weights = path / "model.safetensors" if path.is_dir() else path
+    if weights.is_file():
+        check_numbers(config, load_shapes(weights))
     if not all(isinstance(config.get(part), dict) for part in ("vae", *PARTS)):
         raise ValueError(f"{path}: its config is not that of a FlexTok")
     return config, _latent_shape(config)
 
 
+def _from_run(path: Path, *, trust: bool) -> tuple[dict[str, Any], LatentShape]:
+    from omegaconf import OmegaConf
+
+    from flextok.training.checkpoints import run_config
+    from flextok.utils.checkpoint import sanitize_hydra_config
+
+    config = run_config(path)
+    if not trust:
+        try:
+            config.model = sanitize_hydra_config(config.model)
+        except ValueError as error:
+            raise ValueError(f"{path}: {error}; a run of your own with modules of your own: --trust") from error
+    sizes = [OmegaConf.select(config, name) for name in ("data.image_size", "latent.downsample", "latent.channels")]
+    if not all(isinstance(size, int) and size > 0 for size in sizes):
+        raise ValueError(f"{path}: its config has no data.image_size, latent.downsample and latent.channels")
+    return _from_full_config(config)
+
+
 def _latent_shape(config: Mapping[str, Any]) -> LatentShape:
     """A checkpoint does not say how large its images are, but the encoder's patch grid does."""
-    modules = config["encoder"].get("module_dict", {}).values()
+    modules = [module for module in config["encoder"].get("module_dict", {}).values() if isinstance(module, Mapping)]
     patcher: Mapping[str, Any] = next((module for module in modules if "channels_in" in module), {})
     grid = next((module["max_sizes"] for module in modules if len(module.get("max_sizes", ())) == 2), None)
     if grid is None or len(patcher.get("patch_sizes", ())) != 2:

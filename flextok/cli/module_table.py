@@ -36,8 +36,9 @@ class ModuleRow:
 def trace_modules(config: Mapping[str, Any], latent_shape: tuple[int, int, int]) -> list[ModuleRow]:
     """One row per module of a FlexTok config, in the order in which they run, without memory for any weight.
 
-    `latent_shape` is `(channels, height, width)` of the VAE's latents for one image. Rows after a module that
-    fails have no shapes; the failure is logged.
+    Whatever the config names is built, so one from elsewhere has to be sanitised before. `latent_shape` is
+    `(channels, height, width)` of the VAE's latents for one image. Rows after a module that fails have no
+    shapes; the failure is logged.
     """
     with torch.device("meta"):
         parts: dict[str, nn.Module] = {name: hydra.utils.instantiate(config[name]) for name in PARTS}

@@ -74,3 +74,8 @@ def to_tensor(image: Image.Image) -> Float[Tensor, "3 height width"]:
 def to_uint8(images: Float[Tensor, "*batch 3 height width"]) -> UInt8[Tensor, "*batch 3 height width"]:
     """Images in [-1, 1] as bytes, rounded and clipped: exactly undoes `to_tensor`."""
     return images.float().add(1.0).mul(127.5).round().clamp(0, 255).to(torch.uint8)
+
+
+def to_pil(image: Float[Tensor, "3 height width"]) -> Image.Image:
+    """The RGB picture of an image in [-1, 1], from any device."""
+    return Image.fromarray(to_uint8(image.detach()).permute(1, 2, 0).cpu().numpy())

@@ -3,7 +3,6 @@
 import hashlib
 import platform
 from collections.abc import Mapping
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +11,7 @@ import torch
 from flextok.evaluation.reconstruction import PSNR_CAP, ssim_sigma, ssim_window
 from flextok.evaluation.settings import EvaluationSettings
 from flextok.evaluation.sweep import SweepResult
-
-PACKAGES = ("flextok", "torch", "numpy", "pillow", "torchmetrics", "lightning", "diffusers", "safetensors")
+from flextok.provenance import git_revision, package_versions
 
 
 def build_protocol(
@@ -28,8 +26,6 @@ def build_protocol(
     dtype: torch.dtype,
 ) -> dict[str, Any]:
     """The `protocol` of `metrics.json`."""
-    from flextok.training.run_folder import git_revision
-
     return {
         "split": settings.split,
         "num_images": sweep.num_images,
@@ -46,8 +42,8 @@ def build_protocol(
         "checkpoint": str(checkpoint),
         "weights_file": weights_file.name,
         "weights_sha256": sha256(weights_file),
-        "git_revision": git_revision(Path(__file__).parent),
-        "versions": package_versions(),
+        "git_revision": git_revision(),
+        "versions": {"python": platform.python_version(), **package_versions()},
         "device": device_name(device),
         "dtype": str(dtype).removeprefix("torch."),
         "metrics": metric_definitions(sweep.image_sizes),
@@ -71,17 +67,6 @@ def metric_definitions(image_sizes: list[list[int]]) -> dict[str, Any]:
 def sha256(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def package_versions() -> dict[str, str | None]:
-    """Versions of Python and of the packages that can change a number; None for what is not installed."""
-    versions: dict[str, str | None] = {"python": platform.python_version()}
-    for name in PACKAGES:
-        try:
-            versions[name] = version(name)
-        except PackageNotFoundError:
-            versions[name] = None
-    return versions
 
 
 def device_name(device: torch.device) -> str:

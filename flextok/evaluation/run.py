@@ -26,6 +26,7 @@ def run(config: DictConfig) -> tuple[dict[str, Any], Path]:
         raise ValueError("checkpoint: missing; give checkpoint=<run folder, .ckpt, .safetensors or latest>")
     source = find_source(config.checkpoint, runs=Path(config.paths.runs))
     data = data_config(_plain(config.get("data")), source, batch_size=settings.batch_size)
+    check_image_size(data, source)
     folder = Path(config.output_dir) if config.output_dir else source.default_output_dir
     logger.info("evaluating %s on split %s", source.path, settings.split)
 
@@ -57,6 +58,27 @@ def data_config(override: Mapping[str, Any] | None, source: ModelSource, *, batc
             )
         data = {**run_data, **data}
     return {**data, "eval_batch_size": batch_size}
+
+
+def check_image_size(data: Mapping[str, Any], source: ModelSource) -> None:
+    """Raise ValueError for images that the positions of a run's model do not reach."""
+    if source.config is None:
+        return
+    fields = ("data.image_size", "latent.downsample", "size.patch")
+    trained, downsample, patch = (_integer(source.config, field) for field in fields)
+    size, step = data.get("image_size"), max(1, downsample * patch)
+    if trained and isinstance(size, int) and not (0 < size <= trained and size % step == 0):
+        smaller = f" or smaller multiples of {step}" if trained > step else ""
+        raise ValueError(
+            f"data.image_size={size} cannot be used; valid: {trained} (the size the model was trained at){smaller}"
+        )
+
+
+def _integer(node: Any, field: str) -> int:
+    """A setting of a run's config, or 0."""
+    for name in field.split("."):
+        node = node.get(name) if isinstance(node, Mapping) else None
+    return node if isinstance(node, int) and node > 0 else 0
 
 
 def open_split(data: Mapping[str, Any], split: str) -> Iterable[Mapping[str, Any]]:

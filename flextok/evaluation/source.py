@@ -1,19 +1,20 @@
 """Which model is meant by `checkpoint=...`, where does it belong, and which file holds its weights?
 
-A run folder, a Lightning checkpoint in one, an exported safetensors file, an exported folder, or `latest`.
+A run folder, a Lightning checkpoint, an exported safetensors file, an exported folder, or `latest`.
 """
 
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
 from omegaconf import OmegaConf
 
-# As training writes a run folder; not imported from there, since exports are evaluated without it.
-CONFIG, CHECKPOINTS = "config.yaml", "checkpoints"
+from flextok.utils.config_safety import DATA_TARGETS, sanitize_hydra_config
+
 EXPORT_FILES = ("config.json", "model.safetensors")
 VALID = (
-    "a run folder, a .ckpt file inside one, a .safetensors file, an exported folder (config.json and "
+    "a run folder, a .ckpt file of one, a .safetensors file, an exported folder (config.json and "
     "model.safetensors), or latest"
 )
 
@@ -29,7 +30,7 @@ class ModelSource:
     @property
     def default_output_dir(self) -> Path:
         """`<run>/evaluation`, `<exported folder>/evaluation`, or `<name>_evaluation` beside a bare file."""
-        if self.kind == "file":
+        if self.kind == "file" or (self.kind == "checkpoint" and self.run_folder is None):
             return self.path.with_name(f"{self.path.stem}_evaluation")
         return (self.run_folder or self.path) / "evaluation"
 
@@ -42,14 +43,26 @@ class ModelSource:
             return checkpoint_of_run(self.path)
         return self.path / "model.safetensors" if self.kind == "export" else self.path
 
-    def run_data(self) -> dict[str, Any] | None:
-        """The `data` node of the run, or None where there is no run."""
-        if self.run_folder is None:
+    @cached_property
+    def config(self) -> dict[str, Any] | None:
+        """The config of the run, as untrusted as the run itself; None where there is no run."""
+        if self.kind not in ("run", "checkpoint"):
             return None
-        node = OmegaConf.select(OmegaConf.load(self.run_folder / CONFIG), "data")
-        data = OmegaConf.to_container(node, resolve=True)
-        assert isinstance(data, dict)
-        return {str(name): value for name, value in data.items()}
+        from flextok.training.checkpoints import run_config
+
+        return dict(OmegaConf.to_container(run_config(self.path), resolve=False))  # type: ignore[arg-type]
+
+    def run_data(self) -> dict[str, Any] | None:
+        """The `data` node of the run, or None where there is no run; it names none but our own data modules."""
+        if self.config is None:
+            return None
+        try:
+            data = sanitize_hydra_config({"data": self.config.get("data")}, allowed=DATA_TARGETS)["data"]
+            if not isinstance(data, dict) or "_target_" not in data:
+                raise ValueError("config, data: there is no data module")
+        except ValueError as error:
+            raise ValueError(f"{self.path}: {error}; or choose the data yourself, data=<group>") from error
+        return data
 
     def load(self, *, weights: Literal["ema", "raw"]) -> tuple[Any, str]:
         """The FlexTok model on the CPU, and which weights it has: `ema`, `raw` or `as exported`.
@@ -77,6 +90,8 @@ def find_source(checkpoint: str, *, runs: Path) -> ModelSource:
     if checkpoint == "latest":
         newest = latest_run(runs)
         return ModelSource(path=newest, kind="run", run_folder=newest)
+    from flextok.training.run_folder import CONFIG
+
     path = Path(checkpoint)
     if not path.exists():
         raise ValueError(f"checkpoint={checkpoint}: does not exist; valid are {VALID}")
@@ -90,15 +105,16 @@ def find_source(checkpoint: str, *, runs: Path) -> ModelSource:
     elif path.suffix == ".safetensors":
         return ModelSource(path=path, kind="file", run_folder=None)
     elif path.suffix == ".ckpt":
-        run = next((parent for parent in path.parents if (parent / CONFIG).is_file()), None)
-        if run is None:
-            raise ValueError(f"checkpoint={checkpoint}: no folder above it holds the {CONFIG} of a run")
-        return ModelSource(path=path, kind="checkpoint", run_folder=run)
+        from flextok.training.checkpoints import run_folder_of
+
+        return ModelSource(path=path, kind="checkpoint", run_folder=run_folder_of(path))
     raise ValueError(f"checkpoint={checkpoint}: not a model; valid are {VALID}")
 
 
 def latest_run(runs: Path) -> Path:
     """The run below `runs`, sweeps included, that holds the newest checkpoint of all."""
+    from flextok.training.run_folder import CHECKPOINTS, CONFIG
+
     found = [path for path in runs.glob(f"**/{CHECKPOINTS}/*.ckpt") if (path.parents[1] / CONFIG).is_file()]
     if not found:
         raise ValueError(f"checkpoint=latest: no run with a checkpoint below {runs}; valid are {VALID}")

@@ -10,10 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from flextok.evaluation.codec import Codec
 from flextok.evaluation.reconstruction import MetricTable
 from flextok.evaluation.settings import EvaluationSettings, resolve_keep_ks
 from flextok.evaluation.tokens import token_statistics
+from flextok.reconstruct import decode_latents, decode_tokens, encode_images
 
 logger = logging.getLogger(__name__)
 
@@ -39,7 +39,11 @@ def run_sweep(
     """Evaluate `model` on batches of `{"image": [B, 3, H, W] in [-1, 1], "key": list of B names}`."""
     keep_ks = resolve_keep_ks(settings.keep_ks, model.num_registers)
     model.to(device).eval()
-    codec = Codec(model, settings)
+    decode_options = {
+        "timesteps": settings.steps,
+        "guidance_scale": settings.guidance_scale,
+        "perform_norm_guidance": settings.perform_norm_guidance,
+    }
     tables = {keep_k: MetricTable() for keep_k in keep_ks}
     clocks = {keep_k: _Clock(device) for keep_k in keep_ks}
     vae_table, tokens, sizes = MetricTable(), [], set()
@@ -48,14 +52,14 @@ def run_sweep(
     num_images = 0
     for images, keys in _first_images(batches, settings.num_images):
         images = images.to(device)
-        encoded = codec.encode(images, keys)
+        encoded = encode_images(model, images, keys, seed=settings.seed)
         tokens.append(torch.cat(encoded.tokens).cpu())
-        vae_images = codec.reconstruct_with_vae(encoded)
+        vae_images = decode_latents(model, encoded)
         vae_table.add(vae_images, images)
         pictures.add({"original": images, "vae": vae_images})
         for keep_k in keep_ks:
             with clocks[keep_k].measure(len(keys)):
-                decoded = codec.decode(encoded, keep_k=keep_k)
+                decoded = decode_tokens(model, encoded, keep_k=keep_k, seed=settings.seed, **decode_options)
             tables[keep_k].add(decoded, images)
             pictures.add({keep_k: decoded})
         sizes.add(tuple(images.shape[-2:]))

@@ -3,7 +3,7 @@
 import logging
 import pickle
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -15,6 +15,8 @@ from torch import Tensor
 from flextok.flextok_wrapper import FlexTok
 from flextok.training.ema import CHECKPOINT_KEY
 from flextok.training.run_folder import CHECKPOINTS, CONFIG
+from flextok.utils.config_safety import sanitize_hydra_config
+from flextok.utils.instantiate import build_model
 
 logger = logging.getLogger(__name__)
 
@@ -27,29 +29,33 @@ _READ_ERRORS = (
 _MODEL_PREFIX = "model."  # FlexTok's attribute in TokenizerModule
 
 
-def load_run(path: str | Path, weights: Weights = "ema") -> tuple[FlexTok, DictConfig]:
-    """Return the model of a run on the CPU, in eval mode, and the resolved config of the run.
+def load_run(path: str | Path, weights: Weights = "ema", *, trust: bool = False) -> tuple[FlexTok, DictConfig]:
+    """Return the model of a run on the CPU, in eval mode, and the config of the run.
 
     Args:
         path: a run folder (its newest regular checkpoint is taken) or a `.ckpt` file inside one.
         weights: the moving average or the trained weights themselves; a run without EMA has only the latter.
+        trust: build whatever the config names. Only for runs of one's own that hold modules of one's own: the config
+            of somebody else's run can run any code.
     """
     if weights not in ("ema", "raw"):
         raise ValueError(f"weights={weights!r} cannot be used; valid: 'ema', 'raw'")
     file = checkpoint_of_run(path)
     checkpoint = read_checkpoint(file)
     cfg = run_config(file, checkpoint)
-    state = dict(checkpoint["state_dict"])
+    state = _tensors(checkpoint.get("state_dict"), file)
     if weights == "ema":
         if CHECKPOINT_KEY in checkpoint:
-            state.update(checkpoint[CHECKPOINT_KEY]["weights"])
+            state.update(_tensors(checkpoint[CHECKPOINT_KEY].get("weights"), file))
         else:
             logger.warning("%s was trained without EMA: using its only weights", file)
-    # Not through the allow-list of exported files: one's own runs may contain one's own modules.
-    model = hydra.utils.instantiate(cfg.model, _convert_="all")
     weights_of_model = {
         name.removeprefix(_MODEL_PREFIX): t for name, t in state.items() if name.startswith(_MODEL_PREFIX)
     }
+    if trust:
+        model = hydra.utils.instantiate(cfg.model, _convert_="all")
+    else:
+        model = _build_untrusted(cfg, file, shapes={name: t.shape for name, t in weights_of_model.items()})
     check_same_weights(weights_of_model, model.state_dict(), source=f"{file}", valid="the config of the run itself")
     model.load_state_dict(weights_of_model)
     return model.eval(), cfg
@@ -99,14 +105,47 @@ def read_checkpoint(file: Path) -> dict[str, Any]:
         raise ValueError(f"{file} cannot be read, it may be cut short or damaged ({reason}); {hint}") from error
 
 
-def run_config(file: Path, checkpoint: dict[str, Any]) -> DictConfig:
-    """Return the resolved config of the run a checkpoint belongs to: beside it, else the copy it carries."""
-    for folder in file.resolve().parents[:2]:
-        if (folder / CONFIG).is_file():
-            return OmegaConf.create(OmegaConf.to_container(OmegaConf.load(folder / CONFIG)))  # type: ignore[return-value]
-    if "hyper_parameters" not in checkpoint:
-        raise ValueError(f"{file} has no config: there is no {CONFIG} in its folder or the one above")
-    return OmegaConf.create(checkpoint["hyper_parameters"])
+def run_folder_of(path: Path) -> Path | None:
+    """Return the run a folder is or a checkpoint lies in, or None for a checkpoint on its own."""
+    folders = [path] if path.is_dir() else path.resolve().parents[:2]
+    return next((folder for folder in folders if (folder / CONFIG).is_file()), None)
+
+
+def run_config(path: Path, checkpoint: Mapping[str, Any] | None = None) -> DictConfig:
+    """Return the config of the run that a folder is or a checkpoint belongs to, else the copy the checkpoint carries.
+
+    It is as untrusted as the file it comes from. Interpolations are left alone, though training writes none.
+    """
+    folder = run_folder_of(path)
+    if folder is not None:
+        source, config = folder / CONFIG, OmegaConf.load(folder / CONFIG)
+    else:
+        source = path
+        carried = (checkpoint or read_checkpoint(path)).get("hyper_parameters")
+        config = OmegaConf.create(carried if isinstance(carried, dict) else {})
+    if not isinstance(config, DictConfig) or not isinstance(config.get("model"), DictConfig):
+        raise ValueError(
+            f"{source} has no config of a run; valid: a run folder with {CONFIG}, or a .ckpt that it wrote"
+        )
+    return config
+
+
+def _build_untrusted(cfg: DictConfig, file: Path, shapes: Mapping[str, Sequence[int]]) -> Any:
+    try:
+        config = sanitize_hydra_config(cfg.model)
+    except ValueError as error:
+        hint = "if the run is yours and has modules of your own, load_run(..., trust=True) in Python builds them"
+        raise ValueError(f"{file}: {error}; {hint}") from error
+    try:
+        return build_model(config, shapes)
+    except ValueError as error:
+        raise ValueError(f"{file}: {error}") from error
+
+
+def _tensors(state: Any, file: Path) -> dict[str, Tensor]:
+    if not isinstance(state, dict) or not all(isinstance(tensor, Tensor) for tensor in state.values()):
+        raise ValueError(f"{file}: holds no weights; valid: a .ckpt file that training wrote")
+    return dict(state)
 
 
 def _checkpoints_in(folder: Path) -> list[Path]:

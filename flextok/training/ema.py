@@ -15,6 +15,8 @@ CHECKPOINT_KEY = "ema"
 class ExponentialMovingAverage(Callback):
     """Keeps shadow copies of the trainable parameters and puts them in place for validation and test.
 
+    The copies are float32 whatever the parameters are: steps of a thousandth would be lost in bfloat16.
+
     Checkpoints hold the raw weights under `state_dict`, as without this callback, and the averages under
     `ema`. Lightning's own `EMAWeightAveraging` swaps the two, copies frozen networks as well, and a run resumed
     without it continues from the averages without a word.
@@ -39,9 +41,9 @@ class ExponentialMovingAverage(Callback):
         parameters = trainable(pl_module)
         if self.shadow:
             _check_same_parameters(self.shadow, parameters)
-            self.shadow = {name: self.shadow[name].to(p) for name, p in parameters.items()}
+            self.shadow = {name: self.shadow[name].to(p.device, torch.float32) for name, p in parameters.items()}
         else:
-            self.shadow = _copies(parameters)
+            self.shadow = {name: p.to(torch.float32, copy=True) for name, p in parameters.items()}
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._last_step = trainer.global_step
@@ -94,7 +96,8 @@ class ExponentialMovingAverage(Callback):
         self._last_step = trainer.global_step
         parameters = trainable(pl_module)
         weight = 1 - self.current_decay()
-        torch._foreach_lerp_([self.shadow[name] for name in parameters], list(parameters.values()), weight)
+        values = [p.float() for p in parameters.values()]
+        torch._foreach_lerp_([self.shadow[name] for name in parameters], values, weight)
         self.num_updates += 1
 
     @torch.no_grad()

@@ -13,8 +13,7 @@ from torch import Tensor
 from flextok.flextok_wrapper import FlexTok
 from flextok.model.keep_k import default_keep_ks
 from flextok.pictures import image_grid, save_image
-from flextok.training.randomness import image_generators
-from flextok.training.validation import image_data
+from flextok.reconstruct import decode_tokens, encode_images
 
 
 class ReconstructionPictures(Callback):
@@ -87,17 +86,5 @@ def reconstructions(
     **decode_options: Any,
 ) -> list[Tensor]:
     """Return one batch `[batch, 3, height, width]` per `keep_k`; each starts from the same noise."""
-    encoded = model.encode(image_data(model, images, keys, seed=seed))
-    latents = encoded[model.flow_matching_noise_module.clean_images_read_key]
-    sizes = [tuple(entry.shape[-2:]) for entry in latents]
-    rows = []
-    for keep_k in keep_ks:
-        decoded = model.decode(
-            {**encoded, model.eval_keep_k_key: [keep_k] * len(keys)},
-            generator=image_generators(seed, keys, stream="decode"),
-            vae_image_sizes=sizes,
-            verbose=False,
-            **decode_options,
-        )
-        rows.append(torch.cat(list(decoded[model.image_write_key])))
-    return rows
+    encoded = encode_images(model, images, keys, seed=seed)
+    return [decode_tokens(model, encoded, keep_k=keep_k, seed=seed, **decode_options) for keep_k in keep_ks]

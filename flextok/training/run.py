@@ -1,18 +1,20 @@
 """From a config to a trained tokenizer: assemble the parts, fit, leave a run folder."""
 
 import logging
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import hydra
 import lightning
+from hydra.errors import InstantiationException
 from lightning import Callback, LightningDataModule, Trainer
-from lightning.pytorch.callbacks import ProgressBar
+from lightning.pytorch.callbacks import Checkpoint, ProgressBar
 from lightning.pytorch.utilities import rank_zero_only
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from omegaconf import DictConfig, OmegaConf
 
-from flextok.config import check_config
 from flextok.flextok_wrapper import FlexTok
 from flextok.training.checkpoints import check_same_weights, checkpoint_of_run, read_checkpoint
 from flextok.training.ema import CHECKPOINT_KEY, ExponentialMovingAverage
@@ -34,9 +36,12 @@ class TrainingRun:
 
 
 def run(cfg: DictConfig) -> dict[str, float]:
-    """Train as the config says and return the last value of every metric."""
-    _leave_logging_to_hydra()
-    check_config(cfg)
+    """Train as the config says and return the last value of every metric.
+
+    The config is not checked here: `train.py` does so before it waits for torch to be imported. From Python call
+    `flextok.config.check_config` first.
+    """
+    _calm_lightning()
     resume_from = None if cfg.ckpt_path is None else checkpoint_of_run(cfg.ckpt_path)
     training = build(cfg)
     if resume_from is not None:
@@ -48,6 +53,7 @@ def run(cfg: DictConfig) -> dict[str, float]:
 
 def build(cfg: DictConfig) -> TrainingRun:
     """Assemble model, data and trainer; writes nothing."""
+    trainer = _build_trainer(cfg)  # First: a missing accelerator is found before a large model is built.
     lightning.seed_everything(cfg.seed, workers=True)
     model = _instantiate(cfg.model)
     if cfg.init_from is not None:
@@ -66,7 +72,7 @@ def build(cfg: DictConfig) -> TrainingRun:
     )
     # Plain containers: a DictConfig in a checkpoint does not load with `weights_only=True`.
     module.save_hyperparameters(OmegaConf.to_container(cfg, resolve=True))
-    return TrainingRun(trainer=_build_trainer(cfg), module=module, data=_instantiate(cfg.data))
+    return TrainingRun(trainer=trainer, module=module, data=_instantiate(cfg.data))
 
 
 def start_from(model: FlexTok, path: str) -> None:
@@ -77,25 +83,43 @@ def start_from(model: FlexTok, path: str) -> None:
     model.load_state_dict(tensors)
 
 
-def _leave_logging_to_hydra() -> None:
-    """Lightning adds handlers of its own and would say everything twice."""
+def _calm_lightning() -> None:
+    """Leave logging to Hydra, where Lightning's own handlers say everything twice, and drop what nobody can act on."""
     if logging.getLogger().hasHandlers():
         for name in ("lightning", "lightning.pytorch", "lightning.fabric"):
             logging.getLogger(name).handlers.clear()
             logging.getLogger(name).propagate = True
+    logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(_is_no_advertisement)
+    # Lightning 2.6 builds a class that torch 2.13 deprecates.
+    deprecated = r"`isinstance\(treespec, LeafSpec\)` is deprecated"
+    warnings.filterwarnings("ignore", message=deprecated, module=r"lightning\.pytorch\.utilities\._pytree")
+
+
+def _is_no_advertisement(record: logging.LogRecord) -> bool:
+    return "installing [litlogger]" not in record.getMessage()
 
 
 def _build_trainer(cfg: DictConfig) -> Trainer:
     callbacks: list[Callback] = _instantiate_all(cfg.callbacks)
-    return _instantiate(
-        cfg.trainer,
-        # Not part of the config: without it a resumed run would silently not be exact.
-        callbacks=[RandomStates(cfg.seed), *callbacks],
-        logger=_instantiate_all(cfg.logger) or False,
-        default_root_dir=cfg.paths.run,
-        # False must be said: otherwise Lightning adds a bar of its own, in log files too.
-        enable_progress_bar=any(isinstance(callback, ProgressBar) for callback in callbacks),
-    )
+    try:
+        return _instantiate(
+            cfg.trainer,
+            # Not part of the config: without it a resumed run would silently not be exact.
+            callbacks=[RandomStates(cfg.seed), *callbacks],
+            logger=_instantiate_all(cfg.logger) or False,
+            default_root_dir=cfg.paths.run,
+            # False must be said: otherwise Lightning adds a bar of its own, in log files too, and checkpoints.
+            enable_progress_bar=any(isinstance(callback, ProgressBar) for callback in callbacks),
+            enable_checkpointing=any(isinstance(callback, Checkpoint) for callback in callbacks),
+        )
+    except InstantiationException as error:
+        if not isinstance(error.__cause__, MisconfigurationException | ValueError | ImportError):
+            raise
+        names = ("accelerator", "devices", "strategy", "precision")
+        options = ", ".join(f"trainer.{name}={cfg.trainer[name]!r}" for name in names if name in cfg.trainer)
+        valid = "valid on every machine: trainer=auto, trainer=cpu"
+        reason = str(error.__cause__).rstrip(".!")
+        raise ValueError(f"{options} cannot be used together here: {reason}; {valid}") from None
 
 
 def _instantiate(node: Any, **options: Any) -> Any:
@@ -103,7 +127,11 @@ def _instantiate(node: Any, **options: Any) -> Any:
 
 
 def _instantiate_all(nodes: DictConfig | None) -> list[Any]:
-    return [_instantiate(node) for node in (nodes or {}).values() if node is not None]
+    return [_instantiate(node) for node in (nodes or {}).values() if _is_chosen(node)]
+
+
+def _is_chosen(node: DictConfig | None) -> bool:
+    return node is not None and node.get("_target_") is not None
 
 
 def _check_resume(cfg: DictConfig, resume_from: Path, module: TokenizerModule) -> None:
@@ -126,7 +154,7 @@ def _check_resume(cfg: DictConfig, resume_from: Path, module: TokenizerModule) -
         if old.get(name) != new.get(name):
             logger.warning("%s was %r, is now %r", name, old.get(name), new.get(name))
     has_ema = any(
-        (node or {}).get("_target_", "").endswith(ExponentialMovingAverage.__name__)
+        _is_chosen(node) and node["_target_"].endswith(ExponentialMovingAverage.__name__)
         for node in (cfg.callbacks or {}).values()
     )
     if CHECKPOINT_KEY in checkpoint and not has_ema:

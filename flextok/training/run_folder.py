@@ -3,33 +3,20 @@
 import json
 import os
 import platform
-import subprocess
 import sys
 from datetime import UTC, datetime
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import torch
 from omegaconf import DictConfig, OmegaConf
 
+from flextok.provenance import git_revision, package_versions
 from flextok.utils.checkpoint import atomic_path
 
 CONFIG = "config.yaml"
 RUN_INFO = "run_info.json"
 CHECKPOINTS = "checkpoints"
-
-_PACKAGES = (
-    "flextok",
-    "torch",
-    "lightning",
-    "hydra-core",
-    "omegaconf",
-    "numpy",
-    "einops",
-    "diffusers",
-    "safetensors",
-)
 
 
 def write_run_record(folder: Path, cfg: DictConfig) -> None:
@@ -47,28 +34,11 @@ def collect_run_info(*, seed: int) -> dict[str, Any]:
         "started": datetime.now(UTC).isoformat(timespec="seconds"),
         "command": [Path(sys.argv[0]).name, *sys.argv[1:]],
         "seed": seed,
-        "git_revision": git_revision(Path(__file__).parent),
+        "git_revision": git_revision(),
         "python": platform.python_version(),
         "platform": platform.platform(),
-        "packages": {name: _version(name) for name in _PACKAGES},
+        "packages": package_versions(),
         "cpu_count": os.cpu_count(),
         "torch_threads": torch.get_num_threads(),
         "accelerators": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],
     }
-
-
-def git_revision(folder: Path) -> str | None:
-    """Return the commit of the code, ending in `-dirty` if files changed since; None outside a repository."""
-    command = ["git", "describe", "--always", "--abbrev=40", "--dirty", "--exclude=*"]
-    try:
-        result = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=10, check=True)
-    except (OSError, subprocess.SubprocessError):
-        return None
-    return result.stdout.strip()
-
-
-def _version(package: str) -> str | None:
-    try:
-        return metadata.version(package)
-    except metadata.PackageNotFoundError:
-        return None

@@ -50,7 +50,6 @@ class TokenizerModule(LightningModule):
             step=self.trainer.global_step,
             micro_batch=batch_idx % self.trainer.accumulate_grad_batches,
             rank=self.global_rank,
-            device=self.device,
         )
         losses = self.objective(self.model, {self.model.vae.images_read_key: images.split(1), RNG_KEY: rng})
         names = {"total": "train/loss"}

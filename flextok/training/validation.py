@@ -9,15 +9,11 @@ import torch
 from torch import Tensor
 
 from flextok.flextok_wrapper import FlexTok
-from flextok.model.data_dict import RNG_KEY, DataDict
+from flextok.model.data_dict import DataDict
 from flextok.model.packed_list import PackedList
+from flextok.reconstruct import Encoded, encode_images
+from flextok.seeding import image_generators
 from flextok.training.objective import velocity_errors
-from flextok.training.randomness import image_generators
-
-
-def image_data(model: FlexTok, images: Tensor, keys: Sequence[str], *, seed: int) -> DataDict:
-    """The dictionary of a batch to be judged: whatever the model draws depends on the image alone."""
-    return {model.vae.images_read_key: images.split(1), RNG_KEY: image_generators(seed, keys, stream="model")}
 
 
 def flow_losses(
@@ -27,8 +23,8 @@ def flow_losses(
 
     Each image meets `num_sigmas` noise levels, one drawn in each of as many equal parts of [0, 1].
     """
-    data = model.encode(image_data(model, images, keys, seed=seed))
-    clean = data[model.flow_matching_noise_module.clean_images_read_key]
+    encoded = encode_images(model, images, keys, seed=seed)
+    clean = encoded.latents
     generators = image_generators(seed, keys, stream="flow_loss")
     losses = images.new_zeros((len(keep_ks), len(keys)), dtype=torch.float32)
     for part in range(num_sigmas):
@@ -36,7 +32,7 @@ def flow_losses(
         sigmas = (part + positions.to(images.device)) / num_sigmas
         noised = PackedList.pack([s * n + (1 - s) * c for s, n, c in zip(sigmas, noise, clean, strict=True)])
         for row, keep_k in enumerate(keep_ks):
-            predicted = _decode_once(model, data, noised, sigmas, keep_k)
+            predicted = _decode_once(model, encoded, noised, sigmas, keep_k)
             losses[row] += velocity_errors(model, predicted, noise) / num_sigmas
     return losses
 
@@ -49,11 +45,12 @@ def _draw(clean: Sequence[Tensor], generators: list[torch.Generator]) -> tuple[l
     return noise, torch.cat([torch.rand(1, generator=generator) for generator in generators])
 
 
-def _decode_once(model: FlexTok, encoded: DataDict, noised: PackedList, sigmas: Tensor, keep_k: int) -> DataDict:
+def _decode_once(model: FlexTok, encoded: Encoded, noised: PackedList, sigmas: Tensor, keep_k: int) -> DataDict:
     noise_module = model.flow_matching_noise_module
     return model.decoder(
         {
-            **encoded,
+            model.quants_write_key: encoded.quants,
+            noise_module.clean_images_read_key: encoded.latents,
             noise_module.noised_images_write_key: noised,
             noise_module.timesteps_write_key: sigmas,
             model.eval_keep_k_key: [keep_k] * len(noised),

@@ -21,14 +21,16 @@ from torch import Tensor, nn
 
 from flextok.utils.config_safety import sanitize_hydra_config
 from flextok.utils.config_text import format_value, parse_value
-from flextok.utils.instantiate import build_model, instantiate_parts
+from flextok.utils.instantiate import PARTS, build_model, check_fits, instantiate_parts
 
 __all__ = [
     "atomic_path",
+    "check_file_fits",
     "instantiate_parts",
     "load_metadata",
     "load_model_from_safetensors",
     "load_safetensors",
+    "load_shapes",
     "sanitize_hydra_config",
     "save_safetensors",
 ]
@@ -49,14 +51,14 @@ def load_model_from_safetensors(
 
     Raises FileNotFoundError if there is no such file, and ValueError if it is damaged, if its config is
     missing, unsafe or does not build a model, or if weights and model disagree: the message lists missing,
-    unexpected and misshaped weights. A config may name a VAE by `hf_hub_path`, which diffusers then reads
-    from that folder or from the hub.
+    unexpected and misshaped weights, and no memory was taken for them. A config may name a VAE by
+    `hf_hub_path`, which diffusers then reads from that folder or from the hub.
     """
     config = load_metadata(path)
     if not config:
         raise ValueError(f"{path}: no config in the metadata; was it written by save_safetensors?")
     with _errors_name(path):
-        model = build_model(config)
+        model = build_model(config, load_shapes(path))
     tensors = load_safetensors(path, return_metadata=False)
     try:
         model.load_state_dict(tensors, strict=True)
@@ -64,6 +66,13 @@ def load_model_from_safetensors(
         raise ValueError(f"{path}: weights and config disagree. {error}") from error
     model = model.to(device) if device is not None else model
     return model.eval() if to_eval else model
+
+
+def check_file_fits(path: PathLike, config: Any) -> None:
+    """Raise ValueError, naming the file, unless a FlexTok config has the weights in it; see `check_fits`."""
+    shapes = load_shapes(path)
+    with _errors_name(path):
+        check_fits({name: value for name, value in sanitize_hydra_config(config).items() if name in PARTS}, shapes)
 
 
 def load_safetensors(path: PathLike, return_metadata: bool = True) -> Any:
@@ -79,6 +88,16 @@ def load_safetensors(path: PathLike, return_metadata: bool = True) -> Any:
     except (SafetensorError, ValueError, KeyError, TypeError, RuntimeError) as error:
         raise ValueError(f"{path}: not a readable safetensors file: {error}") from error
     return (tensors, config) if return_metadata else tensors
+
+
+def load_shapes(path: PathLike) -> dict[str, list[int]]:
+    """Name -> shape of the weights of a checkpoint, without reading any; raises as `load_safetensors`."""
+    _check_container(Path(path))
+    try:
+        with safe_open(path, framework="pt") as file:
+            return {name: file.get_slice(name).get_shape() for name in file.keys()}  # noqa: SIM118 (no mapping)
+    except (SafetensorError, ValueError, KeyError, TypeError, RuntimeError) as error:
+        raise ValueError(f"{path}: not a readable safetensors file: {error}") from error
 
 
 def load_metadata(path: PathLike) -> dict[str, Any]:

@@ -65,31 +65,41 @@ ALLOWED_TARGETS = frozenset(
     f"flextok.{module}.{name}" for module, names in _CLASSES_BY_MODULE.items() for name in names
 )
 
+# What the config of a run may name as its data.
+DATA_TARGETS = frozenset(
+    (
+        "flextok.data.digits.DigitsDataModule",
+        "flextok.data.image_folder.ImageFolderDataModule",
+        "flextok.data.photos.PhotosDataModule",
+    )
+)
+
 _CONVERT_MODES = ("none", "partial", "object", "all")
 
 
-def sanitize_hydra_config(cfg: Any) -> dict[str, Any]:
+def sanitize_hydra_config(cfg: Any, *, allowed: frozenset[str] = ALLOWED_TARGETS) -> dict[str, Any]:
     """A plain, deep copy of a config that is safe to instantiate.
 
     `cfg` is a dict or a DictConfig (not resolved here). Dicts, lists, tuples, strings, numbers, booleans and
-    None are allowed, and come back equal; `_target_` must be in `ALLOWED_TARGETS`, at any depth.
+    None are allowed, and come back equal; `_target_` must be in `allowed`, at any depth.
 
     `hf_hub_path` stays as it is (a string or None), for released configs may use it. So building a foreign
     config can still make diffusers read a local folder or download one from the hub.
 
     Raises ValueError naming the place of the first offence (`decoder.module_dict.x._args_[0]._target_`), its
     value and what would be valid: unknown targets, interpolations (`${...}`) in keys or values, missing
-    values (`???`), keys that are not strings, unknown special keys (`_x_`), other types, cycles, and configs
-    that are too deep or too large.
+    values (`???`), keys that are not strings, unknown special keys (`_x_`), other types, integers of more than
+    64 bits, cycles, and configs that are too deep or too large.
     """
-    clean = _Sanitizer().copy(cfg, path="", depth=0)
+    clean = _Sanitizer(allowed).copy(cfg, path="", depth=0)
     if not isinstance(clean, dict):
         _refuse("", cfg, "a config is a dict")
     return clean
 
 
 class _Sanitizer:
-    def __init__(self) -> None:
+    def __init__(self, allowed: frozenset[str]) -> None:
+        self.allowed = allowed
         self.num_nodes = 0
         self.open_containers: set[int] = set()
 
@@ -106,6 +116,8 @@ class _Sanitizer:
             _check_text(value, path)
         elif value is not None and type(value) not in (bool, int, float):
             _refuse(path, value, "values are strings, numbers, booleans, None, dicts, lists and tuples")
+        elif type(value) is int and not -(2**63) <= value < 2**63:
+            _refuse(path, value, "an integer has at most 64 bits, the sign included")
         return value
 
     def _copy_container(self, value: Any, path: str, depth: int) -> Any:
@@ -116,7 +128,7 @@ class _Sanitizer:
         self.open_containers.add(id(value))
         if isinstance(value, dict):
             clean: Any = {key: self.copy(child, place, depth + 1) for key, child, place in _checked_items(value, path)}
-            _check_special_keys(clean, path)
+            _check_special_keys(clean, path, self.allowed)
         else:
             items = (self.copy(child, f"{path}[{i}]", depth + 1) for i, child in enumerate(value))
             clean = tuple(items) if isinstance(value, tuple) else list(items)
@@ -151,13 +163,13 @@ def _check_text(text: str, path: str) -> None:
         _refuse(path, text, f"a string has at most {MAX_CHARS:,} characters")
 
 
-def _check_special_keys(mapping: dict[str, Any], path: str) -> None:
+def _check_special_keys(mapping: dict[str, Any], path: str, allowed: frozenset[str]) -> None:
     for key, value in mapping.items():
         place = f"{path}.{key}" if path else key
         match key:
             case "_target_":
-                if not isinstance(value, str) or value not in ALLOWED_TARGETS:
-                    _refuse(place, value, _valid_targets(value))
+                if not isinstance(value, str) or value not in allowed:
+                    _refuse(place, value, _valid_targets(value, allowed))
             case "_partial_" | "_recursive_":
                 if not isinstance(value, bool):
                     _refuse(place, value, "valid are true and false")
@@ -179,7 +191,9 @@ def _check_special_keys(mapping: dict[str, Any], path: str) -> None:
                 )
 
 
-def _valid_targets(value: Any) -> str:
+def _valid_targets(value: Any, allowed: frozenset[str]) -> str:
+    if allowed is not ALLOWED_TARGETS:
+        return f"it may not be built; valid are exactly {', '.join(sorted(allowed))}"
     name = value[-100:] if isinstance(value, str) else ""
     close = difflib.get_close_matches(name, sorted(ALLOWED_TARGETS), n=2, cutoff=0.5)
     examples = close or ["flextok.flextok_wrapper.FlexTok", "flextok.regularizers.quantize_fsq.FSQ"]
@@ -190,7 +204,11 @@ def _valid_targets(value: Any) -> str:
 
 
 def _refuse(path: str, value: Any, valid: str) -> NoReturn:
-    raise ValueError(f"config, {path or 'top level'}: {_shorten(reprlib.repr(value))} is refused: {valid}")
+    try:
+        text = reprlib.repr(value)
+    except ValueError:  # an integer of thousands of digits has no text
+        text = f"a very long {type(value).__name__}"
+    raise ValueError(f"config, {path or 'top level'}: {_shorten(text)} is refused: {valid}")
 
 
 def _shorten(text: str) -> str:

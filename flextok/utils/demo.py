@@ -4,7 +4,6 @@ import io
 from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -25,6 +24,8 @@ def img_from_url(url: str, *, image_size: int = 256, timeout: float = 30.0) -> T
 
     from PIL import Image, UnidentifiedImageError
 
+    from flextok.data.transforms import resize_shorter_center_crop, to_rgb, to_tensor
+
     if not url.lower().startswith(("http://", "https://")):
         raise ValueError(f"url: {url!r}; valid are addresses that begin with http:// or https://")
     # Some hosts turn away clients that do not introduce themselves.
@@ -35,7 +36,7 @@ def img_from_url(url: str, *, image_size: int = 256, timeout: float = 30.0) -> T
         raise ValueError(f"url: {url!r} holds more than {_MAX_BYTES:,} bytes")
     try:
         with Image.open(io.BytesIO(data)) as image:
-            return _to_tensor(image.convert("RGB"), image_size)
+            return to_tensor(resize_shorter_center_crop(to_rgb(image), image_size))[None]
     except UnidentifiedImageError as error:
         raise ValueError(f"url: {url!r} is no picture") from error
 
@@ -52,22 +53,10 @@ def denormalize(images: Tensor) -> Tensor:
 
 def batch_to_pil(images: Tensor) -> "list[Image]":
     """One RGB picture per sample of `[batch, 3, height, width]` (or of one image without the batch axis)."""
-    from PIL import Image
+    from flextok.data.transforms import to_pil
 
     if images.ndim == 3:
         images = images[None]
     if images.ndim != 4 or images.shape[1] != 3:
         raise ValueError(f"images: shape {tuple(images.shape)}; valid is [batch, 3, height, width]")
-    pixels = (denormalize(images.detach().float()) * 255).round().to(torch.uint8)
-    return [Image.fromarray(array) for array in pixels.permute(0, 2, 3, 1).cpu().numpy()]
-
-
-def _to_tensor(image: "Image", image_size: int) -> Tensor:
-    from PIL.Image import Resampling
-
-    width, height = image.size
-    scale = image_size / min(width, height)
-    width, height = max(image_size, round(width * scale)), max(image_size, round(height * scale))
-    left, top = (width - image_size) // 2, (height - image_size) // 2
-    image = image.resize((width, height), Resampling.BICUBIC).crop((left, top, left + image_size, top + image_size))
-    return torch.from_numpy(np.array(image)).permute(2, 0, 1)[None].float() / 127.5 - 1
+    return [to_pil(image) for image in images]

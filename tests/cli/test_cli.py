@@ -1,6 +1,7 @@
 """The commands `describe` and `export`, from the command line to what they print and write."""
 
 import logging
+import re
 import shutil
 import subprocess
 import sys
@@ -147,6 +148,51 @@ def test_describe_reads_a_run(run_folder, capsys):
     rest = {"data": {"image_size": 8}, "latent": {"downsample": 1, "channels": 3}}
     OmegaConf.save(OmegaConf.merge(config, rest), run_folder / "config.yaml")
     assert "vae_latents [1, 3, 8, 8]" in printed(capsys, "describe", str(run_folder))
+
+
+@pytest.fixture
+def hostile_run(run_folder, tmp_path):
+    """A run, and a checkpoint alone, whose config copies a file; with the file that it would make."""
+    (tmp_path / "source").write_text("")
+    copied = tmp_path / "copied"
+    call = {"_target_": "shutil.copy", "src": str(tmp_path / "source"), "dst": str(copied)}
+    config = OmegaConf.to_container(OmegaConf.load(run_folder / "config.yaml"))
+    config |= {"data": {"image_size": 8}, "latent": {"downsample": 1, "channels": 3}}
+    config["model"]["encoder"]["module_dict"]["enc_own"] = call
+    OmegaConf.save(OmegaConf.create(config), run_folder / "config.yaml")
+    alone = tmp_path / "alone.ckpt"
+    torch.save({"state_dict": {}, "hyper_parameters": {"model": call}}, alone)
+    return run_folder, alone, copied
+
+
+def test_the_config_of_a_run_runs_no_code(hostile_run, tmp_path, capsys):
+    run, alone, copied = hostile_run
+    for argv in (["export", run, tmp_path / "out"], ["export", alone, tmp_path / "out"], ["describe", run]):
+        assert main([str(word) for word in argv]) == 1
+        error = capsys.readouterr().err
+        assert "_target_: 'shutil.copy' is refused" in error
+        assert "trust" in error
+    assert not copied.exists()
+
+
+def test_a_run_of_ones_own_may_hold_other_modules_when_that_is_said(hostile_run, capsys):
+    from flextok.training.checkpoints import load_run
+
+    run, alone, copied = hostile_run
+    with pytest.raises(AttributeError):  # what shutil.copy returns is no model
+        load_run(alone, trust=True)
+    assert copied.exists()
+    copied.unlink()
+    assert main(["describe", "--trust", str(run)]) == 1
+    assert copied.exists()
+
+
+def test_describe_refuses_what_cannot_belong_to_the_file(tmp_path, capsys):
+    shutil.copytree(RECORDED / "tiny_flextok", tmp_path, dirs_exist_ok=True)
+    text = (tmp_path / "config.json").read_text()
+    (tmp_path / "config.json").write_text(re.sub(r'"depth": \d+', '"depth": 1000000', text))
+    assert main(["describe", str(tmp_path)]) == 1
+    assert "depth: 1000000 is refused" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("given", ["", "checkpoints/last.ckpt"])

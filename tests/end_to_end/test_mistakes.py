@@ -110,6 +110,25 @@ def test_resuming_from_a_damaged_checkpoint_is_refused_on_one_line(damaged_run, 
     assert "last.ckpt cannot be read" in last_line("experiment=digits", f"ckpt_path={run}", f"paths.runs={tmp_path}")
 
 
+def test_a_checkpoint_alone_is_evaluated_as_in_its_run(released, tmp_path):
+    run, _ = released("mask_token")
+    alone = shutil.copy(run / "checkpoints" / "last.ckpt", tmp_path)
+    in_run = evaluate(run / "checkpoints" / "last.ckpt", tmp_path / "in_run")
+    for name, options in (("its own data", ()), ("chosen data", ("data=digits",))):
+        metrics = evaluate(alone, tmp_path / name, *options)
+        assert [row["psnr"] for row in metrics["results"]] == [row["psnr"] for row in in_run["results"]]
+
+
+def test_larger_images_than_those_of_the_run_are_refused(released, tmp_path):
+    run, _ = released("mask_token")
+    message = (
+        r"data.image_size=32 cannot be used; valid: 8 \(the size the model was trained at\) or smaller multiples of"
+    )
+    for checkpoint in (run, shutil.copy(run / "checkpoints" / "last.ckpt", tmp_path)):
+        with pytest.raises(ValueError, match=message):
+            evaluate(checkpoint, tmp_path / "evaluation", "data=photos")
+
+
 def length_of_header(content):
     return 8 + int.from_bytes(content[:8], "little")
 

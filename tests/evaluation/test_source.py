@@ -1,12 +1,21 @@
 """What `checkpoint=` may name, and what it says about everything else."""
 
+import json
 import os
 
 import pytest
+import torch
 
-from flextok.evaluation import source as source_module
+from flextok.evaluation.run import check_image_size, data_config
 from flextok.evaluation.source import find_source
-from flextok.training import run_folder
+
+DIGITS = "flextok.data.digits.DigitsDataModule"
+CONFIG = {
+    "model": {},
+    "data": {"_target_": DIGITS, "image_size": 16},
+    "latent": {"downsample": 2},
+    "size": {"patch": 2},
+}
 
 
 @pytest.fixture
@@ -17,7 +26,7 @@ def runs(tmp_path):
         checkpoint.parent.mkdir(parents=True)
         checkpoint.write_bytes(b"weights")
         os.utime(checkpoint, (1e9 - age, 1e9 - age))
-        (checkpoint.parents[1] / "config.yaml").write_text("root: here\ndata: {_target_: x, root: '${root}'}\n")
+        (checkpoint.parents[1] / "config.yaml").write_text(json.dumps(CONFIG))
     return tmp_path / "runs"
 
 
@@ -26,7 +35,7 @@ def test_a_run_folder(runs):
     assert source.kind == "run"
     assert source.default_output_dir == runs / "digits/2026-01-02/evaluation"
     assert source.weights_file == runs / "digits/2026-01-02/checkpoints/last.ckpt"
-    assert source.run_data() == {"_target_": "x", "root": "here"}
+    assert source.run_data() == CONFIG["data"]
 
 
 def test_a_checkpoint_belongs_to_the_run_around_it(runs):
@@ -57,11 +66,55 @@ def test_an_exported_folder_and_a_bare_file_know_no_data(tmp_path):
         file.load(weights="raw")
 
 
-@pytest.mark.parametrize("name", ["missing", "empty", "notes.txt", "alone.ckpt"])
+def test_a_checkpoint_alone_brings_its_config(tmp_path):
+    torch.save({"hyper_parameters": CONFIG}, tmp_path / "last.ckpt")
+    source = find_source(str(tmp_path / "last.ckpt"), runs=tmp_path)
+    assert (source.kind, source.run_folder) == ("checkpoint", None)
+    assert source.run_data() == CONFIG["data"]
+    assert source.default_output_dir == tmp_path / "last_evaluation"
+
+
+@pytest.mark.parametrize("content", [{}, {"hyper_parameters": [1]}, {"hyper_parameters": {"data": {}}}])
+def test_a_checkpoint_without_the_config_of_a_run_is_named(tmp_path, content):
+    torch.save(content, tmp_path / "last.ckpt")
+    with pytest.raises(ValueError, match=r"last\.ckpt has no config of a run"):
+        find_source(str(tmp_path / "last.ckpt"), runs=tmp_path).run_data()
+
+
+@pytest.mark.parametrize(
+    ("data", "complaint"),
+    [
+        ({"_target_": "shutil.copy", "src": "a", "dst": "b"}, "data._target_: 'shutil.copy' is refused"),
+        ({"_target_": DIGITS, "x": {"_target_": "os.system"}}, r"data\.x\._target_: 'os.system' is refused"),
+        ({"_target_": DIGITS, "root": "${oc.env:HOME}"}, r"data\.root: .*interpolations"),
+        (None, "data: there is no data module"),
+    ],
+    ids=str,
+)
+def test_a_run_names_only_our_own_data(tmp_path, data, complaint):
+    torch.save({"hyper_parameters": CONFIG | {"data": data}}, tmp_path / "last.ckpt")
+    source = find_source(str(tmp_path / "last.ckpt"), runs=tmp_path)
+    with pytest.raises(ValueError, match=rf"last\.ckpt: config, {complaint}.*data=<group>"):
+        data_config(None, source, batch_size=1)
+    own = {"_target_": "my.Data"}
+    assert data_config(own, source, batch_size=1) == own | {"eval_batch_size": 1}
+
+
+@pytest.mark.parametrize(("size", "fits"), [(4, True), (8, True), (16, True), (6, False), (20, False), (0, False)])
+def test_images_are_no_larger_than_those_of_the_run(runs, size, fits):
+    source = find_source(str(runs / "digits/2026-01-02"), runs=runs)
+    if fits:
+        check_image_size({"image_size": size}, source)
+    else:
+        message = rf"data.image_size={size} cannot be used; valid: 16 \(.*\) or smaller multiples of 4"
+        with pytest.raises(ValueError, match=message):
+            check_image_size({"image_size": size}, source)
+
+
+@pytest.mark.parametrize("name", ["missing", "empty", "notes.txt"])
 def test_anything_else_is_refused_with_what_is_valid(tmp_path, name):
     (tmp_path / "empty").mkdir()
     (tmp_path / "notes.txt").write_text("")
-    (tmp_path / "alone.ckpt").write_bytes(b"")
     with pytest.raises(ValueError, match=f"checkpoint=.*{name}"):
         find_source(str(tmp_path / name), runs=tmp_path)
 
@@ -69,8 +122,3 @@ def test_anything_else_is_refused_with_what_is_valid(tmp_path, name):
 def test_latest_without_runs_says_where_it_looked(tmp_path):
     with pytest.raises(ValueError, match=f"below {tmp_path / 'runs'}"):
         find_source("latest", runs=tmp_path / "runs")
-
-
-def test_names_in_a_run_folder_are_those_of_training():
-    assert source_module.CONFIG == run_folder.CONFIG
-    assert source_module.CHECKPOINTS == run_folder.CHECKPOINTS

@@ -31,6 +31,8 @@ def last_line(*arguments, folder):
     ("arguments", "expected"),
     [
         (["trainer.max_stepz=3"], ["max_stepz", "did you mean 'max_steps'?"]),
+        (["logger=null"], ["to leave a group out", "logger=none"]),
+        (["trainer.accelerator=tpu"], ["trainer.accelerator='tpu'", "trainer=cpu"]),
         (["model=tinny"], ["model/tinny", "Available options", "tiny"]),
         (["validation.keep_ks=[0]"], ["error: validation.keep_ks=[0]", "integers from 1 to"]),
     ],

@@ -127,3 +127,27 @@ def test_an_average_of_other_parameters_is_refused():
     ema.shadow = {"other": torch.zeros(1)}
     with pytest.raises(ValueError, match="other parameters than are trained now: 2 differ, such as other"):
         ema.on_fit_start(None, OneWeight())
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+def test_the_average_is_float32_whatever_the_weights_are(dtype):
+    ema, module = ExponentialMovingAverage(decay=0.999, warmup=False), OneWeight(1.0).to(dtype)
+    trainer = SimpleNamespace(global_step=0)
+    ema.on_fit_start(trainer, module)
+    ema.on_train_start(trainer, module)
+    module.set(2.0)
+    trainer.global_step = 1
+    ema.on_train_batch_end(trainer, module, None, None, 0)
+    assert ema.shadow["weight"].dtype == torch.float32
+    assert ema.shadow["weight"].item() == pytest.approx(1.001)
+    ema.on_validation_start(trainer, module)
+    assert module.weight.dtype == dtype
+    ema.on_validation_end(trainer, module)
+    assert module.weight.item() == 2.0
+
+
+def test_the_average_is_no_view_of_the_weights():
+    ema = ExponentialMovingAverage(decay=0.5, warmup=False)
+    module, _ = trained(ema, [])
+    module.set(9.0)
+    assert ema.shadow["weight"].item() == 1.0

@@ -6,9 +6,10 @@ import torch
 from lightning import Callback
 from omegaconf import OmegaConf
 
+from flextok.config import check_config, compose
 from flextok.training import run as run_module
 from flextok.training.run import build, run, start_from
-from tests.training.support import largest_difference, load, small_config
+from tests.training.support import SMALL, largest_difference, load, small_config
 
 NOT_REPEATABLE = ("train/images_per_second", "train/steps_per_second")
 
@@ -192,3 +193,27 @@ def test_compiled_modules_keep_their_names(tmp_path, monkeypatch):
     monkeypatch.setattr(torch.nn.Module, "compile", lambda self: setattr(self, "_compiled_call_impl", None))
     names = build(small_config(tmp_path, "compile=true")).module.state_dict().keys()
     assert names == build(small_config(tmp_path)).module.state_dict().keys()
+
+
+def test_an_accelerator_that_is_not_there_is_named_with_what_there_is(tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    cfg = small_config(tmp_path, "trainer.accelerator=cuda")
+    with pytest.raises(ValueError, match=r"^trainer.accelerator='cuda', .* valid .*: trainer=auto, trainer=cpu$"):
+        build(cfg)
+
+
+def test_a_run_without_callbacks_and_loggers_leaves_only_its_record(tmp_path):
+    # An experiment sets options of callbacks, chosen or not.
+    model = [override for override in SMALL if override.startswith(("size.", "data."))]
+    limits = ["trainer.max_steps=2", "trainer.val_check_interval=2", "optimizer.warmup_steps=1"]
+    cfg = compose(["experiment=digits", "trainer=cpu", "callbacks=none", "logger=none", *model, *limits])
+    cfg.paths.run = str(tmp_path)
+    check_config(cfg)
+    run(cfg)
+    assert {path.name for path in tmp_path.iterdir()} == {"config.yaml", "run_info.json"}
+
+
+def test_what_nobody_can_act_on_is_not_said(tmp_path, caplog, recwarn):
+    run(small_config(tmp_path, "trainer.max_steps=4"))
+    assert "litlogger" not in caplog.text
+    assert not [warning for warning in recwarn if "LeafSpec" in str(warning.message)]

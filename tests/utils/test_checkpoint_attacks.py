@@ -7,18 +7,22 @@ import sys
 from contextlib import suppress
 
 import hydra.utils
+import numpy.ctypeslib  # noqa: F401 (safetensors imports it on writing, which is no attack)
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from omegaconf import OmegaConf
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
+from flextok import FlexTokFromHub
 from flextok.utils import instantiate
 from flextok.utils.checkpoint import load_metadata, load_model_from_safetensors, load_safetensors
 from flextok.utils.config_safety import ALLOWED_TARGETS, MAX_NODES, sanitize_hydra_config
 from flextok.utils.config_text import MAX_DEPTH
+from tests.support import RECORDED
 
+TINY = RECORDED / "tiny_flextok"
 FSQ = "flextok.regularizers.quantize_fsq.FSQ"
 OP = "flextok.model.utils.dict_ops.PerSampleOp"
 SEQUENTIAL = "flextok.model.utils.wrappers.SequentialModuleDictWrapper"
@@ -133,6 +137,9 @@ OTHER = {
     "callable": ({"a": print}, "a: "),
     "class as target": (at({"_target_": torch.nn.Linear}), X + r"\._target_"),
     "set": ({"a": {1, 2}}, "a: "),
+    "integer of 65 bits": ({"a": [2**63]}, r"a\[0\]: 9223372036854775808 is refused: an integer has at most 64 bits"),
+    "integer without text": ({"a": 10**5000}, "a: a very long int is refused"),
+    "integer without text as key": ({10**5000: 1}, "a very long int is refused: keys are strings"),
 }
 
 
@@ -225,6 +232,99 @@ def test_every_part_must_be_a_dict_with_a_target(part, value, sentinel):
     del config[part]
     with pytest.raises(ValueError, match=f"config, {part}: "):
         instantiate.instantiate_parts(config)
+
+
+def changed(config, place, value):
+    """A copy with one entry replaced, or removed if `value` is REMOVED."""
+    copy = json.loads(json.dumps(config))
+    *path, last = place.split("/")
+    node = copy
+    for key in path:
+        node = node[key]
+    if value is REMOVED:
+        del node[last]
+    else:
+        node[last] = value
+    return copy
+
+
+REMOVED = object()
+LINEAR = {
+    "_target_": "flextok.model.preprocessors.linear.LinearLayer",
+    "read_key": "x",
+    "write_key": "y",
+    "dim_in": 2,
+    "dim": 3,
+}
+MISFITS = {
+    "vae of another kind": ("vae", LINEAR, "config, vae._target_: .*LinearLayer is refused.*PixelVAE"),
+    "encoder of another kind": ("encoder", LINEAR, "config, encoder._target_: "),
+    "pipeline of another kind": ("pipeline/_target_", FSQ, "config, pipeline._target_: .*MinRFPipeline"),
+    "pipeline with arguments": ("pipeline/_args_", ["x"], "config, pipeline: "),
+    "pipeline with unknown ones": ("pipeline/speed", "x", "config, pipeline: .*speed"),
+    "pipeline at once": ("pipeline/_partial_", False, "config, pipeline: "),
+    "partial vae": ("vae/_partial_", True, "config, vae: "),
+    "no registers": (
+        "encoder/module_dict/enc_register_module",
+        REMOVED,
+        r"config, encoder.*enc_register_module.*n_max",
+    ),
+    "other registers": ("encoder/module_dict/enc_register_module", LINEAR, r"config, encoder.*enc_register_module"),
+    "no dropout": ("decoder/module_dict/dec_nested_dropout", REMOVED, r"config, decoder.*dec_nested_dropout"),
+    "a number as module": ("decoder/module_dict/dec_nested_dropout", 3, "config, decoder: "),
+    "modules as list": ("decoder/module_dict", [LINEAR], "config, decoder: "),
+    "no modules": ("encoder/module_dict", REMOVED, "config, encoder: "),
+    "levels as text": ("regularizer/levels", "many", "config, regularizer: "),
+}
+# In the files of a few kB: each would take more memory than any machine has.
+TOO_LARGE = {
+    "depth": ("encoder/module_dict/enc_transformer/depth", 100_000, r"enc_transformer\.depth: 100000 .*tensors"),
+    "depths together": (
+        "decoder/module_dict/dec_transformer/depth",
+        243,
+        r"transformer\.depth: (243|2) is refused.*tensors",
+    ),
+    "registers": ("encoder/module_dict/enc_register_module/n_max", 10_000_000, r"n_max: 10000000 is refused"),
+    "smallest size": ("encoder/module_dict/enc_register_module/n_min", -10_000_000, r"n_min: -10000000 is refused"),
+    "width": ("encoder/module_dict/enc_transformer/dim", 10**10, r"dim: 10000000000 is refused"),
+    "width in range": ("encoder/module_dict/enc_transformer/dim", 9_999_968, r"size mismatch for encoder.*9999968"),
+    "ratio": ("encoder/module_dict/enc_transformer/mlp_ratio", 1e9, r"size mismatch for encoder"),
+    "positional": ("regularizer/_args_", ["a", "b", "c", [8]], r"regularizer\._args_\[3\]\[0\]: .*by name"),
+}
+
+
+@pytest.fixture(scope="module")
+def released():
+    """Config and weights of a small published model."""
+    return json.loads((TINY / "config.json").read_text()), load_file(TINY / "model.safetensors")
+
+
+def write_both(folder, config, weights):
+    metadata = {key: str(value) for key, value in config.items()}
+    save_file(weights, folder / "model.safetensors", metadata=metadata)
+    (folder / "config.json").write_text(json.dumps(config))
+
+
+@pytest.mark.parametrize("misfit", [*MISFITS, *TOO_LARGE])
+def test_allowed_parts_in_wrong_places_and_sizes_are_named(misfit, released, tmp_path, recorded_folder):
+    place, value, complaint = (MISFITS | TOO_LARGE)[misfit]
+    config, weights = released
+    write_both(tmp_path, changed(config, place, value), weights)
+    with pytest.raises(ValueError, match=rf"(?s)model\.safetensors: .*{complaint}"):
+        load_model_from_safetensors(tmp_path / "model.safetensors")
+    with pytest.raises(ValueError, match=rf"(?s)model\.safetensors: .*{complaint}"):
+        FlexTokFromHub.from_pretrained(tmp_path)
+    if misfit in MISFITS:
+        with pytest.raises(ValueError, match=complaint):
+            instantiate.instantiate_parts(changed(config, place, value))
+
+
+def test_a_module_alone_is_bounded_by_its_file_too(tmp_path):
+    weights = {"proj.weight": torch.ones(3, 2), "proj.bias": torch.ones(3)}
+    metadata = {key: str(value) for key, value in (LINEAR | {"dim": 9_000_000, "dim_in": 9_000_000}).items()}
+    save_file(weights, tmp_path / "a.safetensors", metadata=metadata)
+    with pytest.raises(ValueError, match=r"size mismatch for proj.weight.*9000000, 9000000"):
+        load_model_from_safetensors(tmp_path / "a.safetensors")
 
 
 def safetensors_bytes(header, data=b"", length=None):
@@ -320,7 +420,7 @@ def test_overwritten_bytes_never_raise_anything_else(tmp_path_factory, noise, st
 
 
 PLAIN_KEYS = st.text(st.characters(codec="ascii", categories=["L"]), min_size=1, max_size=5)
-PLAIN = st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | PLAIN_KEYS
+PLAIN = st.none() | st.booleans() | st.integers(-(2**63), 2**63 - 1) | st.floats(allow_nan=False) | PLAIN_KEYS
 
 
 def nodes(leaves):

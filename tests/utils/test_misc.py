@@ -110,6 +110,21 @@ def test_downloaded_pictures_are_scaled_and_cropped(monkeypatch):
     assert torch.allclose(images, torch.ones_like(images))
 
 
+def test_downloaded_pictures_are_those_that_training_would_see(monkeypatch):
+    import io
+
+    from PIL import Image
+
+    from flextok.data.transforms import resize_shorter_center_crop, to_tensor
+
+    pixels = np.random.default_rng(0).integers(0, 256, (30, 45, 3), dtype=np.uint8)
+    file = io.BytesIO()
+    Image.fromarray(pixels).save(file, "PNG")
+    serve(monkeypatch, file.getvalue())
+    expected = to_tensor(resize_shorter_center_crop(Image.fromarray(pixels), 16))
+    assert torch.equal(demo.img_from_url("https://example.org/a.png", image_size=16)[0], expected)
+
+
 def test_addresses_that_are_no_pictures_are_refused(monkeypatch):
     with pytest.raises(ValueError, match="http"):
         demo.img_from_url("file:///etc/hostname")

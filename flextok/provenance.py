@@ -1,0 +1,33 @@
+"""Which code made a number: the versions of the packages and the revision of this one."""
+
+import subprocess
+from importlib import metadata
+from pathlib import Path
+
+PACKAGES = (
+    *("flextok", "torch", "numpy", "einops", "pillow", "safetensors", "hydra-core", "omegaconf"),
+    *("lightning", "torchmetrics", "diffusers"),
+)
+
+
+def package_versions() -> dict[str, str | None]:
+    """Versions of the packages that can change a number; None for what is not installed."""
+    return {name: _version(name) for name in PACKAGES}
+
+
+def git_revision() -> str | None:
+    """The commit of this code, ending in `-dirty` if files changed since; None outside a repository."""
+    command = ["git", "describe", "--always", "--abbrev=40", "--dirty", "--exclude=*"]
+    folder = Path(__file__).parent
+    try:
+        result = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=10, check=True)
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return result.stdout.strip()
+
+
+def _version(package: str) -> str | None:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
