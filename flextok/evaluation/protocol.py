@@ -39,7 +39,7 @@ def build_protocol(
         "weights": weights,
         "seed": settings.seed,
         "batch_size": settings.batch_size,
-        "checkpoint": str(checkpoint),
+        "checkpoint": _shown(checkpoint),
         "weights_file": weights_file.name,
         "weights_sha256": sha256(weights_file),
         "git_revision": git_revision(),
@@ -48,6 +48,12 @@ def build_protocol(
         "dtype": str(dtype).removeprefix("torch."),
         "metrics": metric_definitions(sweep.image_sizes),
     }
+
+
+def _shown(path: Path) -> str:
+    """Relative to the working directory where it lies below: a report says nothing else about the machine's folders."""
+    path, here = path.resolve(), Path.cwd()
+    return str(path.relative_to(here) if path.is_relative_to(here) else path)
 
 
 def metric_definitions(image_sizes: list[list[int]]) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from math import prod
+from typing import Any
 
 from einops import rearrange
 from torch import Tensor, nn
@@ -90,7 +91,7 @@ class LinearHead(MuPInit):
 
 
 class ToPatchesLinearHead(LinearHead):
-    """`LinearHead` from patches `[1, n1 .. nN, dim]` to `[1, n1 p1 .. nN pN, channels_out]`."""
+    """`LinearHead` from patches `[1, n1 .. nN, dim]` to `[1, n1 p1 .. nN pN, channels_out]`; other arguments as there."""
 
     def __init__(
         self,
@@ -100,28 +101,10 @@ class ToPatchesLinearHead(LinearHead):
         channels_out: int,
         patch_sizes: Sequence[int],
         use_mup_readout: bool,
-        weight_init_style: InitStyle = "zero",
-        norm_layer: NormLayer = plain_norm,
-        dtype_override: str | None = None,
-        adaLN_emb_read_key: str | None = None,
-        adaLN_packing_fn_read_key: str | None = None,
-        adaLN_bias: bool = True,
-        proj_bias: bool = True,
+        **head_arguments: Any,
     ) -> None:
-        super().__init__(
-            read_key,
-            write_key,
-            dim,
-            channels_out * prod(patch_sizes),
-            use_mup_readout,
-            weight_init_style=weight_init_style,
-            norm_layer=norm_layer,
-            dtype_override=dtype_override,
-            adaLN_emb_read_key=adaLN_emb_read_key,
-            adaLN_packing_fn_read_key=adaLN_packing_fn_read_key,
-            adaLN_bias=adaLN_bias,
-            proj_bias=proj_bias,
-        )
+        dim_out = channels_out * prod(patch_sizes)
+        super().__init__(read_key, write_key, dim, dim_out, use_mup_readout, **head_arguments)
         self.patch_sizes = list(patch_sizes)
 
     def forward(self, data_dict: DataDict) -> DataDict:
