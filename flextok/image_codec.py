@@ -1,5 +1,6 @@
 """The interface of everything that turns images into latents and back."""
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 
 from torch import Tensor, nn
@@ -8,11 +9,8 @@ from flextok.model.data_dict import DataDict
 from flextok.model.packed_list import PackedList
 
 
-class ImageCodec(nn.Module):
-    """What every VAE shares: its keys, batching of lists, and skipping of latents that are already there.
-
-    Subclasses define `_encode` and `_decode` on batches `[batch, channels, height, width]`.
-    """
+class ImageCodec(nn.Module, ABC):
+    """What every VAE shares: its keys, batching of lists, and skipping of latents that are already there."""
 
     downsample_factor: int
 
@@ -31,11 +29,13 @@ class ImageCodec(nn.Module):
         self.images_reconst_write_key = images_reconst_write_key
         self.force_vae_encode = force_vae_encode
 
+    @abstractmethod
     def _encode(self, images: Tensor, data_dict: DataDict) -> Tensor:
-        raise NotImplementedError
+        """Images `[batch, 3, H, W]` to scaled latents `[batch, c, h, w]`."""
 
+    @abstractmethod
     def _decode(self, latents: Tensor) -> Tensor:
-        raise NotImplementedError
+        """The way back."""
 
     def init_weights_muP(self) -> None:
         """Nothing to do: the VAE is pretrained."""

@@ -1,5 +1,6 @@
 """Weight initialisation, standard and muP, as one table of rules."""
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from typing import Any, Literal, get_args
 
@@ -38,11 +39,12 @@ def init_token(token: nn.Parameter) -> None:
     nn.init.trunc_normal_(token, std=TOKEN_STD)
 
 
-class MuPInit(nn.Module):
-    """Base of modules whose initialisation has a muP twin; subclasses define `_init_weights(mup)`."""
+class MuPInit(nn.Module, ABC):
+    """Base of modules whose initialisation has a muP twin."""
 
+    @abstractmethod
     def _init_weights(self, *, mup: bool) -> None:
-        raise NotImplementedError
+        """Initialise the module's own weights."""
 
     def init_weights_muP(self) -> None:
         """Re-initialise with the muP rules; needs the package `mup` and base shapes set on the model."""

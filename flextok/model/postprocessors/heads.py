@@ -91,7 +91,7 @@ class LinearHead(MuPInit):
 
 
 class ToPatchesLinearHead(LinearHead):
-    """`LinearHead` from patches `[1, n1 .. nN, dim]` to `[1, n1 p1 .. nN pN, channels_out]`; other arguments as there."""
+    """`LinearHead` from patches `[1, n1 .. nN, dim]` to `[1, n1 p1 .. nN pN, channels_out]`; the rest as there."""
 
     def __init__(
         self,
