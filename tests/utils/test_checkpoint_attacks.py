@@ -182,7 +182,9 @@ def test_other_tricks(attack, sentinel):
         sanitize_hydra_config(cfg)
 
 
-@pytest.mark.parametrize("cfg", [None, 3, "os.system", ["a"], (1,), OmegaConf.create(["a"]), object()], ids=repr)
+@pytest.mark.parametrize(
+    "cfg", [None, 3, "os.system", ["a"], (1,), OmegaConf.create(["a"]), pytest.param(object(), id="object")], ids=repr
+)
 def test_a_config_is_a_dict(cfg, sentinel):
     with pytest.raises(ValueError, match="config, top level"):
         sanitize_hydra_config(cfg)
