@@ -19,6 +19,16 @@ REPOSITORY = Path(__file__).resolve().parents[1]
 RECORDED = Path(__file__).resolve().parent / "data" / "flextok"
 
 
+# The config of a small module that takes nothing but numbers and keys.
+LINEAR = {
+    "_target_": "flextok.model.preprocessors.linear.LinearLayer",
+    "read_key": "x",
+    "write_key": "y",
+    "dim_in": 2,
+    "dim": 3,
+}
+
+
 def python(*arguments: object, threads: int = 1, timeout: float = 300) -> subprocess.CompletedProcess[str]:
     """What `python <arguments>` does in the repository: its output, and its exit status in `returncode`."""
     environment = {**os.environ, "OMP_NUM_THREADS": str(threads)}

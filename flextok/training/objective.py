@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from flextok.flextok_wrapper import FlexTok
+from flextok.flow_matching.path import target_velocity
 from flextok.model.data_dict import DataDict
 from flextok.model.packed_list import PackedList
 
@@ -31,6 +32,6 @@ def per_sample_mse(predicted: Sequence[Tensor], noise: Sequence[Tensor], clean: 
     """Per sample mean squared error of `predicted` to `noise - clean` in float32; sizes may differ."""
     if len({tuple(entry.shape) for entry in clean}) == 1:
         p, n, c = (PackedList.pack(entries).tensor.float() for entries in (predicted, noise, clean))
-        return (p - (n - c)).square().flatten(1).mean(1)
+        return (p - target_velocity(c, n)).square().flatten(1).mean(1)
     rows = [per_sample_mse([p], [n], [c]) for p, n, c in zip(predicted, noise, clean, strict=True)]
     return torch.cat(rows)

@@ -50,6 +50,7 @@ class RegularCheckpoint(Checkpoint):
         if step == self._last_step or trainer.fast_dev_run:  # type: ignore[attr-defined]
             return
         self._last_step = step
+        # A copy: Lightning goes on counting in the dictionaries it returned.
         self._completed = (step, deepcopy(trainer.fit_loop.state_dict()))
         if step % self.every_n_steps == 0 or step == trainer.max_steps or trainer.should_stop:
             trainer.save_checkpoint(self.folder / LAST, weights_only=False)

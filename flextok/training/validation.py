@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from flextok.flextok_wrapper import FlexTok
+from flextok.flow_matching.path import interpolate
 from flextok.model.data_dict import DataDict
 from flextok.model.packed_list import PackedList
 from flextok.reconstruct import Encoded, encode_images
@@ -30,7 +31,8 @@ def flow_losses(
     for part in range(num_sigmas):
         noise, positions = _draw(clean, generators)
         sigmas = (part + positions.to(images.device)) / num_sigmas
-        noised = PackedList.pack([s * n + (1 - s) * c for s, n, c in zip(sigmas, noise, clean, strict=True)])
+        triples = zip(clean, noise, sigmas.split(1), strict=True)
+        noised = PackedList.pack([interpolate(c, n, sigma) for c, n, sigma in triples])
         for row, keep_k in enumerate(keep_ks):
             predicted = _decode_once(model, encoded, noised, sigmas, keep_k)
             losses[row] += velocity_errors(model, predicted, noise) / num_sigmas

@@ -22,16 +22,9 @@ from flextok.utils.checkpoint import (
 from flextok.utils.config_safety import ALLOWED_TARGETS
 from flextok.utils.export import official_config
 from flextok.utils.instantiate import instantiate_parts
-from tests.support import RECORDED
+from tests.support import LINEAR, RECORDED
 
 TINY = RECORDED / "tiny_flextok"
-LINEAR = {
-    "_target_": "flextok.model.preprocessors.linear.LinearLayer",
-    "read_key": "x",
-    "write_key": "y",
-    "dim_in": 2,
-    "dim": 3,
-}
 
 
 @pytest.fixture

@@ -20,7 +20,7 @@ from flextok.utils import instantiate
 from flextok.utils.checkpoint import load_metadata, load_model_from_safetensors, load_safetensors
 from flextok.utils.config_safety import ALLOWED_TARGETS, MAX_NODES, sanitize_hydra_config
 from flextok.utils.config_text import MAX_DEPTH
-from tests.support import RECORDED
+from tests.support import LINEAR, RECORDED
 
 TINY = RECORDED / "tiny_flextok"
 FSQ = "flextok.regularizers.quantize_fsq.FSQ"
@@ -251,13 +251,6 @@ def changed(config, place, value):
 
 
 REMOVED = object()
-LINEAR = {
-    "_target_": "flextok.model.preprocessors.linear.LinearLayer",
-    "read_key": "x",
-    "write_key": "y",
-    "dim_in": 2,
-    "dim": 3,
-}
 MISFITS = {
     "vae of another kind": ("vae", LINEAR, "config, vae._target_: .*LinearLayer is refused.*PixelVAE"),
     "encoder of another kind": ("encoder", LINEAR, "config, encoder._target_: "),
