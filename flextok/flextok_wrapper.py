@@ -88,6 +88,11 @@ class FlexTok(nn.Module):
         verbose: bool = True,
         guidance_scale: GuidanceScale = 1.0,
         perform_norm_guidance: bool = False,
+        *,
+        sampler: str = "euler",
+        timestep_shift: float = 1.0,
+        guidance_interval: Sequence[float] = (0.0, 1.0),
+        guidance_every: int = 1,
         **ignored: Any,
     ) -> DataDict:
         """Quants to images; options as in `MinRFPipeline.__call__`, others are ignored with a warning."""
@@ -101,6 +106,10 @@ class FlexTok(nn.Module):
             verbose=verbose,
             guidance_scale=guidance_scale,
             perform_norm_guidance=perform_norm_guidance,
+            sampler=sampler,
+            timestep_shift=timestep_shift,
+            guidance_interval=guidance_interval,
+            guidance_every=guidance_every,
         )
         with torch.no_grad():
             return self.vae.decode(data_dict)

@@ -5,10 +5,20 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any, Literal
 
+from flextok.flow_matching.sampling import check_sampling
 from flextok.model.keep_k import default_keep_ks
 
 SPLITS = ("test", "val")
 WEIGHTS = ("ema", "raw")
+# Those that are called here as in `FlexTok.decode`.
+SAMPLING_OPTIONS = (
+    "sampler",
+    "timestep_shift",
+    "guidance_scale",
+    "perform_norm_guidance",
+    "guidance_interval",
+    "guidance_every",
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -19,8 +29,12 @@ class EvaluationSettings:
     split: Literal["test", "val"]
     keep_ks: tuple[int, ...] | None
     steps: int
+    sampler: str
+    timestep_shift: float
     guidance_scale: float
     perform_norm_guidance: bool
+    guidance_interval: tuple[float, float]
+    guidance_every: int
     weights: Literal["ema", "raw"]
     batch_size: int
     seed: int
@@ -42,7 +56,15 @@ class EvaluationSettings:
         if keep_ks is not None:
             # A single number is what `evaluation.keep_ks=4` on a command line gives.
             keep_ks = tuple(keep_ks) if isinstance(keep_ks, Sequence) else (keep_ks,)
-        return cls(**{**values, "keep_ks": keep_ks, "guidance_scale": float(values["guidance_scale"])})
+        low, high = values["guidance_interval"]
+        # A whole number is what a command line gives for one that happens to be whole.
+        numbers = {name: float(values[name]) for name in ("timestep_shift", "guidance_scale")}
+        interval = (float(low), float(high))
+        return cls(**{**values, **numbers, "keep_ks": keep_ks, "guidance_interval": interval})
+
+    def decode_options(self) -> dict[str, Any]:
+        """How to sample, as the arguments of `FlexTok.decode`."""
+        return {"timesteps": self.steps} | {name: getattr(self, name) for name in SAMPLING_OPTIONS}
 
 
 def resolve_keep_ks(keep_ks: Sequence[Any] | None, num_registers: int) -> list[int]:
@@ -77,6 +99,8 @@ def _check_options(values: Mapping[str, Any]) -> None:
         raise ValueError(
             f"evaluation.perform_norm_guidance={values['perform_norm_guidance']!r}: valid are true and false"
         )
+    checked = ("sampler", "timestep_shift", "guidance_interval", "guidance_every")
+    check_sampling(**{name: values[name] for name in checked}, prefix="evaluation.")
     if not isinstance(values["device"], str):
         raise ValueError(f"evaluation.device={values['device']!r}: valid is a name such as auto, cpu or cuda")
 

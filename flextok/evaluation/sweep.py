@@ -39,11 +39,7 @@ def run_sweep(
     """Evaluate `model` on batches of `{"image": [B, 3, H, W] in [-1, 1], "key": list of B names}`."""
     keep_ks = resolve_keep_ks(settings.keep_ks, model.num_registers)
     model.to(device).eval()
-    decode_options = {
-        "timesteps": settings.steps,
-        "guidance_scale": settings.guidance_scale,
-        "perform_norm_guidance": settings.perform_norm_guidance,
-    }
+    decode_options = settings.decode_options()
     tables = {keep_k: MetricTable() for keep_k in keep_ks}
     clocks = {keep_k: _Clock(device) for keep_k in keep_ks}
     vae_table, tokens, sizes = MetricTable(), [], set()

@@ -1,12 +1,23 @@
 """The rectified-flow sampler over the data dictionary."""
 
 from collections.abc import Iterable, Sequence
-from functools import partial
+from functools import cache
 from typing import Any, TypeVar
 
 import torch
 
-from flextok.flow_matching.sampling import GuidanceScale, Samples, Velocity, guided, sample_euler
+from flextok.flow_matching.path import time_grid
+from flextok.flow_matching.repeated_model import RepeatedModel
+from flextok.flow_matching.sampling import (
+    SAMPLERS,
+    GuidanceScale,
+    Samples,
+    Velocity,
+    check_sampling,
+    guided,
+    reuse_difference,
+    scale_within,
+)
 from flextok.model.data_dict import NULL_CONDITION_KEY, RNG_KEY, DataDict, Generators
 from flextok.model.draw import draw_normal, generator_per_sample
 from flextok.model.packed_list import PackedList, repeat_batch
@@ -69,32 +80,57 @@ class MinRFPipeline:
         samples = [draw_normal(shape, g, self.model.device) for shape, g in pairs]
         return [torch.cat(samples)] if len(set(shapes)) == 1 else samples
 
-    def _predict(self, inputs: DataDict, x: Samples, t: float, *, batch: int) -> Samples:
-        """The model's velocity; `x` is one tensor for the batch, or one per sample. `inputs` stays as it is."""
+    def _repeated(self, inputs: DataDict) -> RepeatedModel:
+        varying = (self.noised_images_read_key, self.timesteps_read_key)
+        return RepeatedModel(self.model, inputs, varying=varying, wanted=self.reconst_write_key)
+
+    def _predict(self, model: RepeatedModel, x: Samples, t: float, *, batch: int) -> Samples:
+        """The model's velocity; `x` is one tensor for the batch, or one per sample."""
         uniform = x[0].shape[0] == batch
-        state = {
-            self.noised_images_read_key: PackedList(x[0]) if uniform else x,
-            self.timesteps_read_key: torch.full((batch,), t, device=x[0].device),
-        }
-        velocity = self.model({**inputs, **state})[self.reconst_write_key]
+        velocity = model(
+            {
+                self.noised_images_read_key: PackedList(x[0]) if uniform else x,
+                # One time in memory: what is computed of it is computed once for the batch.
+                self.timesteps_read_key: torch.full((1,), t, device=x[0].device).expand(batch),
+            }
+        )[self.reconst_write_key]
         return [PackedList.pack(velocity).tensor] if uniform else list(velocity)
 
-    def _velocity(self, data_dict: DataDict, batch: int, scale: GuidanceScale, *, apg: bool) -> Velocity:
-        if not callable(scale) and scale == 1.0:
-            return partial(self._predict, data_dict, batch=batch)
-        # Both branches run as one batch of 2 B samples, the conditional ones first.
-        doubled = {key: repeat_batch(value, batch, 2) for key, value in data_dict.items()}
-        flags = list(data_dict.get(NULL_CONDITION_KEY, [False] * batch))
-        doubled[NULL_CONDITION_KEY] = flags + [True] * batch
+    def _velocity(
+        self,
+        data_dict: DataDict,
+        batch: int,
+        scale: GuidanceScale,
+        *,
+        apg: bool,
+        interval: Sequence[float],
+        every: int,
+    ) -> Velocity:
+        @cache
+        def conditional_model() -> RepeatedModel:
+            return self._repeated(data_dict)
+
+        @cache
+        def both_models() -> RepeatedModel:
+            # Both branches run as one batch of 2 B samples, the conditional ones first.
+            doubled = {key: repeat_batch(value, batch, 2) for key, value in data_dict.items()}
+            flags = list(data_dict.get(NULL_CONDITION_KEY, [False] * batch))
+            return self._repeated({**doubled, NULL_CONDITION_KEY: flags + [True] * batch})
+
+        def conditional(x: Samples, t: float) -> Samples:
+            return self._predict(conditional_model(), x, t, batch=batch)
 
         def both_branches(x: Samples, t: float) -> tuple[Samples, Samples]:
             if len(x) == batch:
-                samples = self._predict(doubled, x + x, t, batch=2 * batch)
+                samples = self._predict(both_models(), x + x, t, batch=2 * batch)
                 return samples[:batch], samples[batch:]
-            (stacked,) = self._predict(doubled, [x[0].repeat(2, 1, 1, 1)], t, batch=2 * batch)
+            (stacked,) = self._predict(both_models(), [x[0].repeat(2, 1, 1, 1)], t, batch=2 * batch)
             return [stacked[:batch]], [stacked[batch:]]
 
-        return guided(both_branches, scale, apg=apg)
+        if not callable(scale) and scale == 1.0:
+            return conditional
+        pair = reuse_difference(conditional, both_branches, every)
+        return guided(conditional, pair, scale_within(scale, interval), apg=apg)
 
     @torch.no_grad()
     def __call__(
@@ -106,25 +142,53 @@ class MinRFPipeline:
         verbose: bool = True,
         guidance_scale: GuidanceScale = 1.0,
         perform_norm_guidance: bool = False,
+        *,
+        sampler: str = "euler",
+        timestep_shift: float = 1.0,
+        guidance_interval: Sequence[float] = (0.0, 1.0),
+        guidance_every: int = 1,
     ) -> DataDict:
         """Write the decoded latents, the last times and noised samples into `data_dict`; nothing else changes.
 
         Args:
             generator: one, or one per sample; None takes the one in the dictionary, else torch's default.
-            timesteps: number of Euler steps; None means 25.
+            timesteps: number of steps; None means 25.
             vae_image_sizes: size of the latents: one int, `(h, w)` per sample, or None to read the dictionary.
             guidance_scale: 1.0 turns guidance off; may be a function of time.
             perform_norm_guidance: APG instead of plain classifier-free guidance.
+            sampler: `euler` evaluates the model once per step; `heun` twice, but once in the last, and is of second
+                order (arXiv 2206.00364).
+            timestep_shift: above 1 takes shorter steps close to noise, below 1 close to data (arXiv 2403.03206).
+            guidance_interval: the first and last time, from 0 (data) to 1 (noise), between which guidance is on
+                (arXiv 2404.07724); elsewhere, and where a function gives scale 1, only the conditional half runs.
+            guidance_every: the unconditional half runs in every n-th guided evaluation; in between its last
+                difference to the conditional one is used again.
+
+        Raises:
+            ValueError: an option is not valid; the message names it, its value and what is valid.
         """
         num_steps = DEFAULT_NUM_STEPS if timesteps is None else timesteps
         if not isinstance(num_steps, int) or num_steps < 1:
             raise ValueError(f"timesteps={timesteps!r}: valid is a number of steps, at least 1, or None for 25")
         if not callable(guidance_scale) and not isinstance(guidance_scale, int | float):
             raise ValueError(f"guidance_scale={guidance_scale!r}: valid is a number, or a function of time")
+        check_sampling(
+            sampler=sampler,
+            timestep_shift=timestep_shift,
+            guidance_interval=guidance_interval,
+            guidance_every=guidance_every,
+        )
         x = self._start(data_dict, vae_image_sizes, data_dict.get(RNG_KEY) if generator is None else generator)
         batch = sum(samples.shape[0] for samples in x)
-        velocity = self._velocity(data_dict, batch, guidance_scale, apg=perform_norm_guidance)
-        states = sample_euler(velocity, x, num_steps)
+        velocity = self._velocity(
+            data_dict,
+            batch,
+            guidance_scale,
+            apg=perform_norm_guidance,
+            interval=guidance_interval,
+            every=guidance_every,
+        )
+        states = SAMPLERS[sampler](velocity, x, time_grid(num_steps, timestep_shift))
         for t, last, x in _progress(states, num_steps) if verbose else states:  # noqa: B007
             pass
         data_dict[self.timesteps_read_key] = torch.full((batch,), t, device=x[0].device)

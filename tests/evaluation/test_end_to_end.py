@@ -158,6 +158,25 @@ def test_every_evaluation_config_composes(evaluation):
     EvaluationSettings.from_mapping(OmegaConf.to_container(node, resolve=True))
 
 
+SAMPLING = {
+    "sampler": ("heun", "heun"),
+    "timestep_shift": ("3", 3.0),
+    "guidance_interval": ("[0.6,1]", [0.6, 1.0]),
+    "guidance_every": ("2", 2),
+}
+
+
+@pytest.mark.parametrize(("option", "text", "recorded"), [(name, *value) for name, value in SAMPLING.items()])
+def test_each_option_of_sampling_changes_the_numbers_and_is_in_the_protocol(export, tmp_path, option, text, recorded):
+    fixed = (f"checkpoint={export}", "data=digits", "evaluation.guidance_scale=3.0", f"output_dir={tmp_path}")
+    default, _ = evaluate(*fixed)
+    changed, _ = evaluate(*fixed, f"evaluation.{option}={text}")
+    assert changed["protocol"] == {**default["protocol"], option: recorded}
+    assert json.loads((tmp_path / "metrics.json").read_text())["protocol"][option] == recorded
+    assert numbers(changed)["results"] != numbers(default)["results"]
+    assert default["protocol"][option] != recorded
+
+
 @pytest.mark.parametrize("device", ["abacus", "cuda:99"])
 def test_a_device_that_is_not_there_is_refused(device):
     with pytest.raises(ValueError, match=f"evaluation.device='{device}'"):

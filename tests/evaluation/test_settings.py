@@ -1,8 +1,12 @@
 """Wrong options are found before a model is loaded, with the field, its value and what is valid."""
 
+import inspect
+import re
+
 import pytest
 
 from flextok.evaluation.settings import EvaluationSettings, resolve_keep_ks
+from flextok.flextok_wrapper import FlexTok
 from tests.evaluation.stub import SETTINGS
 
 
@@ -20,10 +24,20 @@ from tests.evaluation.stub import SETTINGS
         ("split", "train", "test, val"),
         ("guidance_scale", "high", "number"),
         ("perform_norm_guidance", 1, "true and false"),
+        ("sampler", "ddim", "euler, heun"),
+        ("sampler", None, "euler, heun"),
+        ("timestep_shift", 0, "positive number"),
+        ("timestep_shift", "high", "positive number"),
+        ("guidance_interval", [0.8, 0.2], "low <= high"),
+        ("guidance_interval", [0.5], "two times"),
+        ("guidance_interval", 0.5, "two times"),
+        ("guidance_interval", None, "two times"),
+        ("guidance_every", 0, "at least 1"),
+        ("guidance_every", 1.5, "whole number"),
     ],
 )
 def test_the_message_names_field_value_and_valid_values(field, value, valid):
-    with pytest.raises(ValueError, match=f"evaluation.{field}={value!r}.*{valid}"):
+    with pytest.raises(ValueError, match=f"evaluation.{field}={re.escape(repr(value))}.*{valid}"):
         EvaluationSettings.from_mapping({**SETTINGS, field: value})
 
 
@@ -37,6 +51,27 @@ def test_unknown_and_missing_options_are_named():
 def test_one_number_is_a_list_of_one():
     assert EvaluationSettings.from_mapping({**SETTINGS, "keep_ks": 4}).keep_ks == (4,)
     assert EvaluationSettings.from_mapping({**SETTINGS, "keep_ks": [4, 2]}).keep_ks == (4, 2)
+
+
+def test_whole_numbers_and_lists_of_a_command_line_become_the_types_of_decode():
+    given = {**SETTINGS, "timestep_shift": 3, "guidance_scale": 2, "guidance_interval": [0, 1]}
+    options = EvaluationSettings.from_mapping(given).decode_options()
+    assert options == {
+        "timesteps": 2,
+        "sampler": "euler",
+        "timestep_shift": 3.0,
+        "guidance_scale": 2.0,
+        "perform_norm_guidance": False,
+        "guidance_interval": (0.0, 1.0),
+        "guidance_every": 1,
+    }
+    assert isinstance(options["timestep_shift"], float)
+    assert all(isinstance(t, float) for t in options["guidance_interval"])
+
+
+def test_every_option_of_sampling_is_one_of_decode():
+    options = EvaluationSettings.from_mapping(SETTINGS).decode_options()
+    assert set(options) <= set(inspect.signature(FlexTok.decode).parameters)
 
 
 @pytest.mark.parametrize(

@@ -85,3 +85,17 @@ def test_pictures_of_another_size_are_left_out():
     result = sweep([*random_batches(1, 1), *random_batches(1, 1, size=12)])
     assert len(result.originals) == 1
     assert result.image_sizes == [[8, 8], [12, 12]]
+
+
+def test_the_model_decodes_with_the_options_of_the_settings(monkeypatch):
+    seen, decode = [], StubTokenizer.decode
+
+    def watched(model, data, **options):
+        seen.append({name: value for name, value in options.items() if name not in ("vae_image_sizes", "verbose")})
+        return decode(model, data, **options)
+
+    monkeypatch.setattr(StubTokenizer, "decode", watched)
+    options = {"sampler": "heun", "timestep_shift": 3.0, "guidance_every": 2, "guidance_scale": 2.0}
+    sweep(random_batches(1, 1), keep_ks=[1, 2], guidance_interval=[0.2, 0.8], **options)
+    expected = {"timesteps": 2, "perform_norm_guidance": False, "guidance_interval": (0.2, 0.8), **options}
+    assert seen == [expected] * 2
