@@ -12,7 +12,7 @@ from jaxtyping import install_import_hook
 
 # Before anything imports these packages: a loaded module stays unchecked. `attention.masks` is left
 # out: FlexAttention counts the arguments of a mask function, and a checked function no longer shows them.
-ATTENTION_MODULES = ("backends", "layout", "reference", "sparse", "visualize")
+ATTENTION_MODULES = ("backends", "block_masks", "engine", "layout", "plan", "reference", "sparse", "visualize")
 install_import_hook(
     [
         *(f"flextok.attention.{name}" for name in ATTENTION_MODULES),

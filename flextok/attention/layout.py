@@ -4,13 +4,13 @@ A layout is a value: lengths, a mask mode and how many trailing tokens of each s
 in whatever form a backend wants, so nothing of size tokens x tokens is built unless somebody asks for it.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple, TypeVar, get_args
 
 import torch
 from torch import Tensor
-from torch.nn.attention.flex_attention import BlockMask, create_block_mask
+from torch.nn.attention.flex_attention import BlockMask
 
 from flextok.attention.masks.packed import MaskMod, packed_mask
 
@@ -36,6 +36,9 @@ class SequenceLayout:
     Token q attends to token k iff both belong to one sample, neither is padding or dropped, and the mode allows it:
     `full` everything; `causal` k <= q; `causal_last` k <= q or k lies before the last sub-sequence. Dropped are the
     tokens of the last sub-sequence at index >= `keep_last` of their sample.
+
+    With `last_counts` the last token of each sample stands for that many equal tokens: they stay equal in every layer,
+    so one of them is computed and its key counts `last_counts` times, by log(count) added to its score.
     """
 
     lengths: tuple[tuple[int, ...], ...]
@@ -45,12 +48,15 @@ class SequenceLayout:
     """Per sample, how many tokens of the last sub-sequence are kept; None keeps all."""
     total: int | None = None
     """Length of the packed row with padding; None means no padding."""
+    last_counts: tuple[int, ...] | None = None
+    """Per sample, how many equal tokens its last one stands for, at least 1; None: each token is one. Mode full only:
+    under an order equal tokens see different keys and do not stay equal."""
     sample_lengths: tuple[int, ...] = field(init=False, repr=False, compare=False)
     """Per sample, the tokens of all its sub-sequences."""
     is_uniform: bool = field(init=False, repr=False, compare=False)
     """True if all samples have the same sub-sequence lengths."""
-    drops_tokens: bool = field(init=False, repr=False, compare=False)
-    """True if nested dropout hides at least one token."""
+    visible_lengths: tuple[int, ...] = field(init=False, repr=False, compare=False)
+    """Per sample, how many of its tokens nested dropout leaves visible: hidden ones are at its end."""
     _derived: dict[tuple[str, torch.device], Any] = field(init=False, repr=False, compare=False, default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -58,13 +64,26 @@ class SequenceLayout:
             raise ValueError(f"mask_mode={self.mode!r} is unknown; valid: {', '.join(get_args(MaskMode))}")
         if self.keep_last is not None and len(self.keep_last) != len(self.lengths):
             raise ValueError(f"keep_k has {len(self.keep_last)} entries for a batch of {len(self.lengths)}")
-        kept = zip(self.keep_last or (), self.lengths, strict=False)
+        if self.last_counts is not None:
+            self._check_counts(self.last_counts)
         # Set here and not on first use: a lock-guarded cached property would break compiled graphs.
         object.__setattr__(self, "sample_lengths", tuple(map(sum, self.lengths)))
         object.__setattr__(self, "is_uniform", all(row == self.lengths[0] for row in self.lengths))
-        object.__setattr__(self, "drops_tokens", any(keep < row[-1] for keep, row in kept))
+        object.__setattr__(self, "visible_lengths", tuple(self._visible()))
         if self.total is not None and self.total < self.num_tokens:
             raise ValueError(f"{self.num_tokens} tokens do not fit in a packed row of {self.total}")
+
+    def _visible(self) -> Iterator[int]:
+        for row, keep in zip(self.lengths, self.keep_last or [None] * len(self.lengths), strict=True):
+            yield sum(row) if keep is None else sum(row[:-1]) + min(keep, row[-1])
+
+    def _check_counts(self, counts: tuple[int, ...]) -> None:
+        if self.mode != "full" or self.keep_last is not None:
+            raise ValueError(
+                f"equal tokens can be counted under mask_mode='full' without keep_k only, not {self.mode!r}"
+            )
+        if len(counts) != len(self.lengths) or min(counts) < 1:
+            raise ValueError(f"last_counts={counts}: valid is one number >= 1 for each of {len(self.lengths)} samples")
 
     @property
     def num_tokens(self) -> int:
@@ -107,14 +126,24 @@ class SequenceLayout:
         """The mask as a FlexAttention `mask_mod` over positions of the packed row."""
         return packed_mask(*self.table(device), mode=self.mode)
 
+    def key_bias(self, device: torch.device) -> Tensor | None:
+        """float32 `[total]` to add to the scores of each key, log(count); None where every token is one."""
+        if self.last_counts is None:
+            return None
+        return self.derive("key_bias", device, self._build_key_bias)
+
+    def _build_key_bias(self, device: torch.device) -> Tensor:
+        assert self.last_counts is not None
+        bias = torch.zeros(self.row_length)
+        ends = torch.tensor(self.sample_lengths).cumsum(0)
+        bias[ends - 1] = torch.tensor(self.last_counts, dtype=torch.float32).log()
+        return bias.to(device)
+
     def block_mask(self, device: torch.device) -> BlockMask:
         """The mask as a FlexAttention `BlockMask` `[1, 1, total, total]`."""
-        length = self.row_length
-        return self.derive(
-            "block_mask",
-            device,
-            lambda _: create_block_mask(self.mask_mod(device), None, None, length, length, device=str(device)),
-        )
+        from flextok.attention.block_masks import packed_block_mask
+
+        return self.derive("block_mask", device, lambda _: packed_block_mask(self, device))
 
     def dense_mask(self, device: torch.device | str = "cpu") -> Tensor:
         """The mask as a bool matrix `[total, total]`, True where a query (row) attends to a key (column)."""
@@ -129,7 +158,9 @@ def layout_of(
     mode: MaskMode = "full",
     keep_last: Sequence[int] | None = None,
     total: int | None = None,
+    last_counts: Sequence[int] | None = None,
 ) -> SequenceLayout:
-    """A `SequenceLayout` from any sequences of ints."""
+    """A `SequenceLayout` from any sequences of ints; counts that are all 1 are none."""
     keep = None if keep_last is None else tuple(int(keep) for keep in keep_last)
-    return SequenceLayout(tuple(tuple(row) for row in lengths), mode, keep, total)
+    counts = None if last_counts is None or set(last_counts) <= {1} else tuple(last_counts)
+    return SequenceLayout(tuple(tuple(row) for row in lengths), mode, keep, total, counts)

@@ -9,14 +9,12 @@ import hydra.utils
 import torch
 from torch import Tensor, nn
 
+from flextok.model.utils.keys import keys_of
+
 logger = logging.getLogger(__name__)
 
 # The order of a training forward. The VAE is left out: latents are fed instead.
 PARTS = ("encoder", "regularizer", "flow_matching_noise_module", "decoder")
-
-# As a read-write key counts for both, it is looked for under both endings.
-_READ_ENDINGS = ("read_key", "read_keys", "read_write_key", "read_write_keys", "_from_key")
-_WRITE_ENDINGS = ("write_key", "write_keys")
 
 
 @dataclass
@@ -66,13 +64,6 @@ def trace_modules(config: Mapping[str, Any], latent_shape: tuple[int, int, int])
     return rows
 
 
-def keys_of(settings: Mapping[str, Any]) -> tuple[list[str], list[str]]:
-    """Keys read and written according to a module's attributes or settings, by the endings of their names."""
-    reads = [key for name, value in settings.items() if name.endswith(_READ_ENDINGS) for key in _as_keys(value)]
-    writes = [key for name, value in settings.items() if name.endswith(_WRITE_ENDINGS) for key in _as_keys(value)]
-    return list(dict.fromkeys(reads)), list(dict.fromkeys(writes))
-
-
 def describe_value(value: Any) -> str:
     """The shape of a tensor, the entries of a list (there is one sample, so mostly one), else a type."""
     if isinstance(value, Tensor):
@@ -115,11 +106,3 @@ def _shape_recorder(row: ModuleRow) -> Any:
             row.shapes = {key: describe_value(output[key]) for key in row.writes if key in output}
 
     return record
-
-
-def _as_keys(value: Any) -> list[str]:
-    if isinstance(value, str):
-        return [value]
-    if isinstance(value, Sequence):
-        return [key for key in value if isinstance(key, str)]
-    return []

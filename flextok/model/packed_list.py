@@ -18,8 +18,13 @@ class PackedList(Sequence[Tensor]):
 
     def __init__(self, tensor: Tensor, shapes: Sequence[tuple[int, ...]] | None = None) -> None:
         """Without `shapes`, `tensor` is `[batch, *shape]`; else `[total_tokens, width]`, and they are the entries'."""
-        self.tensor = tensor
+        self._tensor = tensor
         self._shapes = None if shapes is None else tuple(tuple(shape) for shape in shapes)
+
+    @property
+    def tensor(self) -> Tensor:
+        """All samples: `[batch, *shape]` where they share one shape, else `[total_tokens, width]`."""
+        return self._tensor
 
     @classmethod
     def pack(cls, entries: "Sequence[Tensor] | PackedList") -> "PackedList":
@@ -66,6 +71,13 @@ class PackedList(Sequence[Tensor]):
             return PackedList(tensor)
         return PackedList(tensor, [(*shape[:-1], tensor.shape[-1]) for shape in self._shapes])
 
+    def prefixes(self, lengths: Sequence[int]) -> "PackedList":
+        """The first `lengths[i]` tokens of each entry `[1, n, width]`, in one gather."""
+        starts = torch.tensor([0, *self.num_tokens[:-1]]).cumsum(0)
+        rows = offset_ranges(starts, torch.tensor(lengths)).to(self.tensor.device, non_blocking=True)
+        tokens = self.tensor.reshape(-1, self.tensor.shape[-1]).index_select(0, rows)
+        return PackedList(tokens, [(1, length, tokens.shape[-1]) for length in lengths])
+
     def repeat_rows(self, rows: Tensor) -> Tensor:
         """Row i of `[batch, width]`, shaped so that it broadcasts over all positions of sample i in `tensor`."""
         if self._shapes is None:
@@ -92,6 +104,12 @@ class PackedList(Sequence[Tensor]):
 
     def __repr__(self) -> str:
         return f"PackedList({len(self)} samples, {list(self.shapes[:1] if self.is_uniform else self.shapes)})"
+
+
+def offset_ranges(starts: Tensor, lengths: Tensor) -> Tensor:
+    """`starts[i], starts[i] + 1, ..` of `lengths[i]` numbers for each i, one after another; int64 on the CPU."""
+    shift = starts - (lengths.cumsum(0) - lengths)
+    return torch.arange(int(lengths.sum())) + shift.repeat_interleave(lengths)
 
 
 def repeat_batch(value: Any, batch: int, times: int) -> Any:

@@ -5,7 +5,7 @@ from functools import lru_cache
 import pytest
 import torch
 
-from flextok.attention.backends import attend
+from flextok.attention.engine import attend
 from flextok.attention.layout import SequenceLayout
 from flextok.model.layers.attention import FlexSelfAttention
 from tests.support import max_difference, tiny_decoder

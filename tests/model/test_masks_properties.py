@@ -4,7 +4,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from flextok.attention.backends import attend
+from flextok.attention.engine import attend
 from flextok.attention.layout import SequenceLayout
 
 CPU = torch.device("cpu")

@@ -2,9 +2,11 @@
 
 from collections.abc import Callable
 
+import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
-from flextok.attention.backends import AttentionMask, attend
+from flextok.attention.engine import AttentionMask, attend
 from flextok.attention.reference import ScoreMod
 from flextok.model.init import InitStyle, MuPInit, init_linear
 from flextok.model.layers.norm import plain_norm
@@ -57,6 +59,19 @@ class FlexAttention(MuPInit):
         if self.zero_init_query_proj:
             init_linear(self.wq, "zero")
 
+    def _project(self, x: Tensor, context: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """q, k, v `[batch, tokens, heads, head_dim]`; of a sequence with itself in one matrix product."""
+        linears = (self.wq, self.wk, self.wv)
+        if x is not context or any(type(linear) is not nn.Linear for linear in linears):
+            q, k, v = self.wq(x), self.wk(context), self.wv(context)
+        else:
+            # Joined anew in each call: cheap beside the product, and right whatever changed the weights.
+            weight = torch.cat([linear.weight for linear in linears])
+            bias = None if self.wq.bias is None else torch.cat([linear.bias for linear in linears])
+            q, k, v = F.linear(x, weight, bias).chunk(3, dim=-1)
+        q, k, v = (features.unflatten(-1, (self.num_heads, -1)) for features in (q, k, v))
+        return q, k, v
+
     def forward(
         self,
         x: Tensor,
@@ -65,10 +80,8 @@ class FlexAttention(MuPInit):
         block_mask: AttentionMask = None,
         rope_forward: RopeForward | None = None,
     ) -> Tensor:
-        q = self.wq(x).unflatten(-1, (self.num_heads, -1))
-        k = self.wk(context).unflatten(-1, (self.num_heads, -1))
-        v = self.wv(context).unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
-        q, k = self.q_norm(q).transpose(1, 2), self.k_norm(k).transpose(1, 2)
+        q, k, v = self._project(x, context)
+        q, k, v = self.q_norm(q).transpose(1, 2), self.k_norm(k).transpose(1, 2), v.transpose(1, 2)
         if rope_forward is not None:
             q, k, v = rope_forward(q, k, v)
         # Under autocast the float32 norm leaves q and k in another dtype than v.

@@ -3,8 +3,9 @@
 import torch
 from torch import Tensor, nn
 
-from flextok.attention.backends import AttentionMask
+from flextok.attention.engine import AttentionMask
 from flextok.attention.layout import SequenceLayout
+from flextok.attention.plan import AttentionPlan
 
 
 class DropPath(nn.Module):
@@ -23,10 +24,11 @@ class DropPath(nn.Module):
     def forward(self, x: Tensor, mask: AttentionMask = None) -> Tensor:
         if self.drop_prob == 0.0 or not self.training:
             return x
-        num_samples = len(mask.lengths) if isinstance(mask, SequenceLayout) else x.shape[0]
+        layout = mask.layout if isinstance(mask, AttentionPlan) else mask
+        num_samples = len(layout.lengths) if isinstance(layout, SequenceLayout) else x.shape[0]
         factors = (torch.rand(num_samples, device=x.device) >= self.drop_prob).to(x.dtype) / (1.0 - self.drop_prob)
-        if isinstance(mask, SequenceLayout):
-            lengths = torch.tensor(mask.sample_lengths, device=x.device)
+        if isinstance(layout, SequenceLayout):
+            lengths = torch.tensor(layout.sample_lengths, device=x.device)
             rows = factors.repeat_interleave(lengths)
             return x * nn.functional.pad(rows, (0, x.shape[1] - rows.shape[0]))[None, :, None]
         return x * factors.view(-1, *(1,) * (x.ndim - 1))

@@ -5,6 +5,7 @@ from collections.abc import Callable
 from torch import Tensor, nn
 
 from flextok.model.init import InitStyle, MuPInit, init_linear
+from flextok.model.layers.fused import swiglu
 
 
 class Mlp(MuPInit):
@@ -65,4 +66,6 @@ class GatedMlp(MuPInit):
             init_linear(linear, self.weight_init_style, mup=mup)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.drop(self.fc2(self.act(self.fc1(x)) * self.fc3(x)))
+        gate, value = self.fc1(x), self.fc3(x)
+        hidden = swiglu(gate, value) if isinstance(self.act, nn.SiLU) else self.act(gate) * value
+        return self.drop(self.fc2(hidden))

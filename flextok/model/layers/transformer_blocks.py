@@ -3,31 +3,17 @@
 from collections.abc import Callable
 from typing import Any
 
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from flextok.attention.backends import AttentionMask
+from flextok.attention.engine import AttentionMask
 from flextok.attention.reference import ScoreMod
 from flextok.model.init import InitStyle, MuPInit, init_linear
 from flextok.model.layers.attention import FlexCrossAttention, FlexSelfAttention, RopeForward
 from flextok.model.layers.drop_path import DropPath
+from flextok.model.layers.fused import gated_add
 from flextok.model.layers.mlp import GatedMlp, Mlp
+from flextok.model.layers.modulation import EmbPackingFn, modulated_norm, modulations
 from flextok.model.layers.norm import plain_norm
-
-EmbPackingFn = Callable[[Tensor], Tensor]
-"""Maps embeddings `[batch, n * width]` to one row per token of the packed sequence, `[1, tokens, width]`."""
-
-
-def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
-    return x * (1 + scale) + shift
-
-
-def _modulation(linear: nn.Sequential, emb: Tensor, packing_fn: EmbPackingFn, length: int, chunks: int) -> list[Tensor]:
-    """Per-token modulation, `chunks` tensors `[1, length, dim]`; zero over padding, which the function leaves out."""
-    rows = packing_fn(linear(emb))
-    if rows.shape[1] < length:
-        rows = F.pad(rows, (0, 0, 0, length - rows.shape[1]))
-    return list(rows.chunk(chunks, dim=-1))
 
 
 class _Block(MuPInit):
@@ -134,13 +120,13 @@ class FlexBlockAdaLN(_Block):
         score_mod: ScoreMod | None = None,
         rope_forward: RopeForward | None = None,
     ) -> Tensor:
-        gate_attn, gate_mlp, shift_attn, scale_attn, shift_mlp, scale_mlp = _modulation(
-            self.adaLN_modulation, adaLN_emb, adaLN_packing_fn, x.shape[1], self._num_modulations
-        )
-        attn_in = modulate(self.norm1(x), shift_attn, scale_attn)
+        rows, index = modulations(self.adaLN_modulation, adaLN_emb, adaLN_packing_fn, x.shape[1], self._num_modulations)
+        gate_attn, gate_mlp, shift_attn, scale_attn, shift_mlp, scale_mlp = rows
+        attn_in = modulated_norm(self.norm1, x, shift_attn, scale_attn, index)
         attended = self.attn(attn_in, score_mod=score_mod, block_mask=block_mask, rope_forward=rope_forward)
-        x = x + gate_attn * self.drop_path(attended, block_mask)
-        return x + gate_mlp * self.drop_path(self.mlp(modulate(self.norm2(x), shift_mlp, scale_mlp)), block_mask)
+        x = gated_add(x, gate_attn, self.drop_path(attended, block_mask), index)
+        mlp_out = self.mlp(modulated_norm(self.norm2, x, shift_mlp, scale_mlp, index))
+        return gated_add(x, gate_mlp, self.drop_path(mlp_out, block_mask), index)
 
 
 class FlexDecoderBlock(_Block):
@@ -191,21 +177,21 @@ class FlexDecoderBlockAdaLN(FlexDecoderBlock):
         xa_score_mod: ScoreMod | None = None,
         rope_forward: RopeForward | None = None,
     ) -> Tensor:
-        gate_sa, gate_xa, gate_mlp, shift_sa, scale_sa, shift_q, scale_q, shift_c, scale_c, shift_mlp, scale_mlp = (
-            _modulation(self.adaLN_modulation, adaLN_emb, adaLN_packing_fn, x.shape[1], self._num_modulations)
-        )
+        rows, index = modulations(self.adaLN_modulation, adaLN_emb, adaLN_packing_fn, x.shape[1], self._num_modulations)
+        gate_sa, gate_xa, gate_mlp, shift_sa, scale_sa, shift_q, scale_q, shift_c, scale_c, shift_mlp, scale_mlp = rows
         attended = self.self_attn(
-            modulate(self.norm1(x), shift_sa, scale_sa),
+            modulated_norm(self.norm1, x, shift_sa, scale_sa, index),
             score_mod=sa_score_mod,
             block_mask=sa_block_mask,
             rope_forward=rope_forward,
         )
-        x = x + gate_sa * self.drop_path(attended, sa_block_mask)
+        x = gated_add(x, gate_sa, self.drop_path(attended, sa_block_mask), index)
         crossed = self.cross_attn(
-            modulate(self.query_norm(x), shift_q, scale_q),
-            modulate(self.context_norm(context), shift_c, scale_c),
+            modulated_norm(self.query_norm, x, shift_q, scale_q, index),
+            modulated_norm(self.context_norm, context, shift_c, scale_c, index),
             score_mod=xa_score_mod,
             block_mask=xa_block_mask,
         )
-        x = x + gate_xa * self.drop_path(crossed, sa_block_mask)
-        return x + gate_mlp * self.drop_path(self.mlp(modulate(self.norm2(x), shift_mlp, scale_mlp)), sa_block_mask)
+        x = gated_add(x, gate_xa, self.drop_path(crossed, sa_block_mask), index)
+        mlp_out = self.mlp(modulated_norm(self.norm2, x, shift_mlp, scale_mlp, index))
+        return gated_add(x, gate_mlp, self.drop_path(mlp_out, sa_block_mask), index)

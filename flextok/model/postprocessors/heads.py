@@ -9,9 +9,9 @@ from torch import Tensor, nn
 
 from flextok.model.data_dict import DataDict
 from flextok.model.init import InitStyle, MuPInit, init_linear
+from flextok.model.layers.modulation import modulate, per_sample
 from flextok.model.layers.mup_readout import MuReadoutFSDP
 from flextok.model.layers.norm import plain_norm
-from flextok.model.layers.transformer_blocks import modulate
 from flextok.model.packed_list import PackedList
 from flextok.utils.misc import get_autocast_context, str_to_dtype
 
@@ -68,7 +68,7 @@ class LinearHead(MuPInit):
 
     def _modulation(self, emb: Tensor, entries: PackedList, data_dict: DataDict) -> tuple[Tensor, Tensor]:
         """Shift and scale that broadcast over `entries.tensor`."""
-        rows = self.adaLN_modulation(emb)
+        rows = per_sample(self.adaLN_modulation, emb)
         if self.adaLN_packing_fn_read_key is None:
             rows = entries.repeat_rows(rows)
         else:

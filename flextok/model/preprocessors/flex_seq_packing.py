@@ -1,49 +1,20 @@
 """Sub-sequences of all samples into one packed row, with the mask that keeps samples apart."""
 
 from collections.abc import Sequence
-from math import prod
+from typing import Any, TypeVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from flextok.attention.layout import MaskMode, SequenceLayout, layout_of
+from flextok.attention.layout import MaskMode, layout_of
 from flextok.model.data_dict import DataDict
+from flextok.model.layers.modulation import EmbeddingPacker
 from flextok.model.packed_list import PackedList
+from flextok.model.packed_shapes import CutShape, PackedShapes
+from flextok.model.repeated_tail import RepeatedTail, distinct
 
-
-class CutShape(tuple[int, ...]):
-    """Shape of a sub-sequence of which only a prefix was packed; it is unpacked to `full`, zeros at the end."""
-
-    full: Sequence[int]
-
-    @classmethod
-    def prefix(cls, full: Sequence[int], keep: int) -> "CutShape":
-        shape = cls((min(keep, full[0]),))
-        shape.full = full
-        return shape
-
-
-class EmbeddingPacker:
-    """Spread embeddings over the tokens of a packed row: `[batch, n * width]` -> `[1, tokens, width]`, no padding rows.
-
-    With `per_subseq`, n is the number of sub-sequences and chunk j of row i goes to sub-sequence j of sample i; else
-    n is 1 and row i goes to every token of sample i.
-    """
-
-    def __init__(self, layout: SequenceLayout, *, per_subseq: bool) -> None:
-        self.layout = layout
-        self.per_subseq = per_subseq
-
-    def __call__(self, emb: Tensor) -> Tensor:
-        lengths = self.layout.lengths if self.per_subseq else [(sum(row),) for row in self.layout.lengths]
-        chunks = emb.unflatten(-1, (len(lengths[0]), -1))
-        if self.layout.is_uniform:
-            # Expanded views, copied once: the gradient is a plain sum over each sub-sequence.
-            rows = [chunks[:, j : j + 1].expand(-1, n, -1) for j, n in enumerate(lengths[0])]
-            return torch.cat(rows, dim=1).flatten(0, 1)[None]
-        repeats = torch.tensor(lengths, device=emb.device).flatten()
-        return chunks.flatten(0, 1).repeat_interleave(repeats, dim=0)[None]
+T = TypeVar("T")
 
 
 class BlockWiseSequencePacker(nn.Module):
@@ -52,6 +23,10 @@ class BlockWiseSequencePacker(nn.Module):
     Under `block_mask_write_key` goes the `SequenceLayout` of the row (every attention layer accepts it), or with
     `return_materialized_mask` the dense bool mask `[1, 1, tokens, tokens]`. `compile_block_mask` is accepted for
     published configs and has no effect: no mask is built until a backend asks for one.
+
+    Of equal tokens at the end of a sample (a `RepeatedTail`) one is packed where the mask mode leaves them equal, and
+    the layout counts its key; the attribute `counts_repeats=False` packs them all, for trunks that tell positions
+    apart.
     """
 
     def __init__(
@@ -83,6 +58,7 @@ class BlockWiseSequencePacker(nn.Module):
         self.pad_to_multiple = pad_to_multiple
         self.per_subseq_embs = per_subseq_embs
         self.return_materialized_mask = return_materialized_mask
+        self.counts_repeats = True
 
     def _row_length(self, num_tokens: int) -> int:
         if self.max_seq_len is not None:
@@ -93,36 +69,76 @@ class BlockWiseSequencePacker(nn.Module):
         """How many tokens of each sample's last sub-sequence are visible; None means all."""
         return None
 
-    def _subsequences(self, data_dict: DataDict) -> tuple[list[PackedList], list[list[Sequence[int]]]]:
-        """What to pack, and per sample the shape of each sub-sequence without batch and channel axes."""
+    def _limits(self, data_dict: DataDict) -> Sequence[int] | None:
+        """How many tokens of each sample's last sub-sequence are packed; None means all."""
+        return None
+
+    def _subsequences(self, data_dict: DataDict) -> tuple[list[PackedList], PackedShapes, Sequence[int] | None]:
+        """What to pack, its shapes, and how many equal tokens each sample's last one stands for."""
         subsequences = [PackedList.pack(data_dict[key]) for key in self.input_list_read_keys]
         batches = [len(entries) for entries in subsequences]
         if len(set(batches)) > 1:
             raise ValueError(f"{self.input_list_read_keys} hold different numbers of samples: {batches}")
         samples = zip(*(entries.shapes for entries in subsequences), strict=True)
-        return subsequences, [[torch.Size(shape[1:-1]) for shape in sample] for sample in samples]
+        shapes: list[list[Sequence[int]]] = [[torch.Size(shape[1:-1]) for shape in sample] for sample in samples]
+        limits, last = self._limits(data_dict), subsequences[-1]
+        if limits is not None and any(len(sample[-1]) != 1 for sample in shapes):
+            raise ValueError(f"{self.input_list_read_keys[-1]!r} must hold 1D tokens to be cut at keep_k")
+        counts_repeats = (
+            self.counts_repeats
+            and self.mask_mode == "full"
+            and not self.return_materialized_mask
+            and self._keep_ks(data_dict) is None
+        )
+        if limits is None and not (isinstance(last, RepeatedTail) and counts_repeats):
+            return subsequences, PackedShapes(shapes), None
+        whole = last if counts_repeats else PackedList(last.tensor, None if last.is_uniform else last.shapes)
+        stored, counts, full = distinct(whole)
+        visible = [min(n, keep) for n, keep in zip(full, full if limits is None else limits, strict=True)]
+        # Of the last of n stored tokens, which stands for `count`, so many lie below the limit.
+        last_counts = [v - (n - 1) for v, n in zip(visible, stored.num_tokens, strict=True)]
+        lengths = [min(v, n) for v, n in zip(visible, stored.num_tokens, strict=True)]
+        subsequences[-1] = stored.prefixes(lengths) if list(stored.num_tokens) != lengths else stored
+        for sample, length, n, v in zip(shapes, lengths, full, visible, strict=True):
+            sample[-1] = CutShape.of(length, full=n, visible=v)
+        return subsequences, PackedShapes(shapes), [max(1, count) for count in last_counts]
 
     def forward(self, data_dict: DataDict) -> DataDict:
-        subsequences, inner_shapes = self._subsequences(data_dict)
-        lengths = [[prod(shape) for shape in shapes] for shapes in inner_shapes]
-        num_tokens = sum(map(sum, lengths))
+        subsequences, shapes, last_counts = self._subsequences(data_dict)
+        num_tokens = sum(map(sum, shapes.lengths))
         layout = layout_of(
-            lengths, mode=self.mask_mode, keep_last=self._keep_ks(data_dict), total=self._row_length(num_tokens)
+            shapes.lengths,
+            mode=self.mask_mode,
+            keep_last=self._keep_ks(data_dict),
+            total=self._row_length(num_tokens),
+            last_counts=last_counts,
         )
-        row = _concatenate(subsequences)
+        # Equal to those of an earlier call, as in each step of a sampler: these have their masks and indices already.
+        layout = _earlier(data_dict.get(self.block_mask_write_key), layout)
+        shapes = _earlier(data_dict.get(self.inner_packed_shapes_write_key), shapes)
+        row = _concatenate(subsequences, shapes, padding=layout.row_length - num_tokens)
         mask = layout.dense_mask(row.device)[None, None] if self.return_materialized_mask else layout
-        data_dict[self.packed_seq_write_key] = F.pad(row, (0, 0, 0, layout.row_length - num_tokens))
+        data_dict[self.packed_seq_write_key] = row
         data_dict[self.block_mask_write_key] = mask
-        data_dict[self.inner_packed_shapes_write_key] = inner_shapes
-        data_dict[self.outer_packed_shapes_write_key] = [torch.Size([sum(sample)]) for sample in lengths]
+        data_dict[self.inner_packed_shapes_write_key] = shapes
+        data_dict[self.outer_packed_shapes_write_key] = [torch.Size([n]) for n in layout.sample_lengths]
         if self.emb_packing_fn_write_key is not None:
-            data_dict[self.emb_packing_fn_write_key] = EmbeddingPacker(layout, per_subseq=self.per_subseq_embs)
+            data_dict[self.emb_packing_fn_write_key] = EmbeddingPacker(
+                layout, row.device, per_subseq=self.per_subseq_embs
+            )
         return data_dict
 
 
-def _concatenate(subsequences: list[PackedList]) -> Tensor:
-    """`[1, tokens, width]`: sample by sample, the sub-sequences of each in order."""
+def _earlier(before: Any, now: T) -> T:
+    return before if type(before) is type(now) and before == now else now
+
+
+def _concatenate(subsequences: list[PackedList], shapes: PackedShapes, *, padding: int) -> Tensor:
+    """`[1, tokens, width]`: sample by sample, the sub-sequences of each in order, then zeros."""
     if all(entries.is_uniform for entries in subsequences):
-        return torch.cat([entries.tensor.flatten(1, -2) for entries in subsequences], dim=1).flatten(0, 1)[None]
-    samples = zip(*subsequences, strict=True)
-    return torch.cat([entry.flatten(1, -2) for sample in samples for entry in sample], dim=1)
+        row = torch.cat([entries.tensor.flatten(1, -2) for entries in subsequences], dim=1).flatten(0, 1)
+        return F.pad(row, (0, 0, 0, padding))[None]
+    tokens = [entries.tensor.reshape(-1, entries.tensor.shape[-1]) for entries in subsequences]
+    if padding:
+        tokens.append(tokens[0].new_zeros(1, tokens[0].shape[-1]))
+    return torch.cat(tokens).index_select(0, shapes.order(tokens[0].device, padding=padding))[None]

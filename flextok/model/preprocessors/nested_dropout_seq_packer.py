@@ -3,12 +3,9 @@
 from collections.abc import Sequence
 from typing import Any
 
-import torch
-
 from flextok.model.data_dict import DataDict
 from flextok.model.keep_k import checked_keep_ks
-from flextok.model.packed_list import PackedList
-from flextok.model.preprocessors.flex_seq_packing import BlockWiseSequencePacker, CutShape
+from flextok.model.preprocessors.flex_seq_packing import BlockWiseSequencePacker
 
 
 class NestedDropoutSequencePacker(BlockWiseSequencePacker):
@@ -39,23 +36,5 @@ class NestedDropoutSequencePacker(BlockWiseSequencePacker):
         batch = len(data_dict[self.input_list_read_keys[-1]])
         return None if keep_ks is None else checked_keep_ks(keep_ks, batch, self.keep_k_read_key)
 
-    def _subsequences(self, data_dict: DataDict) -> tuple[list[PackedList], list[list[Sequence[int]]]]:
-        subsequences, shapes = super()._subsequences(data_dict)
-        keep_ks = self._given_keep_ks(data_dict)
-        if not self.drop_masked or keep_ks is None:
-            return subsequences, shapes
-        if any(len(sample[-1]) != 1 for sample in shapes):
-            raise ValueError(f"{self.input_list_read_keys[-1]!r} must hold 1D tokens to be cut at keep_k")
-        cut = [CutShape.prefix(sample[-1], keep) for sample, keep in zip(shapes, keep_ks, strict=True)]
-        subsequences[-1] = _prefixes(subsequences[-1], [shape[0] for shape in cut])
-        return subsequences, [[*sample[:-1], shape] for sample, shape in zip(shapes, cut, strict=True)]
-
-
-def _prefixes(entries: PackedList, lengths: list[int]) -> PackedList:
-    """The first `lengths[i]` tokens of each entry `[1, n, width]`, in one gather."""
-    starts = torch.tensor([0, *entries.num_tokens[:-1]]).cumsum(0)
-    kept = torch.tensor(lengths)
-    offsets = torch.arange(int(kept.sum())) - (kept.cumsum(0) - kept).repeat_interleave(kept)
-    rows = (starts.repeat_interleave(kept) + offsets).to(entries.tensor.device)
-    tokens = entries.tensor.reshape(-1, entries.tensor.shape[-1])[rows]
-    return PackedList(tokens, [(1, length, tokens.shape[-1]) for length in lengths])
+    def _limits(self, data_dict: DataDict) -> Sequence[int] | None:
+        return self._given_keep_ks(data_dict) if self.drop_masked else None

@@ -9,6 +9,7 @@ from flextok.model.data_dict import NULL_CONDITION_KEY, RNG_KEY, DataDict
 from flextok.model.draw import draw_uniform
 from flextok.model.init import MuPInit, init_token
 from flextok.model.packed_list import PackedList
+from flextok.model.repeated_tail import replace_tails
 
 
 class _NullCond(MuPInit):
@@ -38,6 +39,10 @@ class _NullCond(MuPInit):
     def _replace(self, entries: Sequence[Tensor], flags: list[bool]) -> PackedList:
         null = self._null()
         packed = PackedList.pack(entries)
+        if not self.training and not self.replace_with_single_token and all(len(shape) == 3 for shape in packed.shapes):
+            keep = [0 if flag else n for flag, n in zip(flags, packed.num_tokens, strict=True)]
+            width = packed.shapes[0][-1]
+            return replace_tails(packed, keep, torch.zeros(width, device=entries[0].device) if null is None else null)
         if packed.is_uniform and not self.replace_with_single_token:
             x = packed.tensor
             flagged = torch.tensor(flags, device=x.device).view(-1, *(1,) * (x.ndim - 1))

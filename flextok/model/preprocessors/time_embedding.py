@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from flextok.model.data_dict import DataDict
 from flextok.model.init import InitStyle, MuPInit, init_linear
+from flextok.model.layers.modulation import per_sample
 
 
 class TimestepEmbedder(MuPInit):
@@ -53,9 +54,13 @@ class TimestepEmbedder(MuPInit):
         embedding = torch.cat([angles.cos(), angles.sin()], dim=-1)
         return nn.functional.pad(embedding, (0, dim % 2))
 
+    def _embed(self, t: Tensor) -> Tensor:
+        """`[batch, 1]` -> `[batch, dim]`."""
+        frequencies = self.timestep_embedding(t[:, 0], self.frequency_embedding_size)
+        return self.mlp(frequencies.to(next(self.mlp.parameters()).dtype))
+
     def forward(self, data_dict: DataDict) -> DataDict:
-        frequencies = self.timestep_embedding(data_dict[self.timesteps_read_key], self.frequency_embedding_size)
-        embedding = self.mlp(frequencies.to(next(self.mlp.parameters()).dtype))
+        embedding = per_sample(self._embed, data_dict[self.timesteps_read_key][:, None])
         data_dict[self.time_embedding_write_key] = (
             [row[None] for row in embedding.split(1)] if self.temb_as_tokens else embedding
         )

@@ -9,6 +9,7 @@ from flextok.model.data_dict import RNG_KEY, DataDict
 from flextok.model.init import MuPInit, init_token
 from flextok.model.keep_k import KeepKMode, check_keep_k_mode, checked_keep_ks, sample_keep_k
 from flextok.model.packed_list import PackedList
+from flextok.model.repeated_tail import replace_tails
 
 
 def keep_prefix(tokens: Sequence[Tensor], keep_ks: Sequence[int], fill: Tensor) -> PackedList:
@@ -75,7 +76,10 @@ class MaskedNestedDropout(MuPInit):
         )
         if keep_ks is None:
             return data_dict
-        data_dict[self.read_write_key] = keep_prefix(tokens, keep_ks, self.dropout_mask_token)
         if self.training:
+            data_dict[self.read_write_key] = keep_prefix(tokens, keep_ks, self.dropout_mask_token)
             data_dict[self.train_keep_k_write_key] = keep_ks
+        else:
+            # The same list, of which a packer can leave out the repeated tokens.
+            data_dict[self.read_write_key] = replace_tails(tokens, keep_ks, self.dropout_mask_token)
         return data_dict

@@ -1,12 +1,14 @@
 """Encoder and decoder trunks: a stack of blocks over the packed row."""
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from flextok.attention.engine import AttentionPlan, AttentionRequest, BackendChoice, plan_attention
+from flextok.attention.layout import SequenceLayout
 from flextok.model.data_dict import DataDict
 from flextok.model.init import InitStyle, MuPInit
 from flextok.model.layers.norm import plain_norm
@@ -94,6 +96,7 @@ class _Trunk(MuPInit):
         self.intermediate_layer_write_key = intermediate_layer_write_key
         self.intermediate_layers = list(intermediate_layers)
         self.use_act_checkpoint = use_act_checkpoint
+        self.attention_backend: BackendChoice = "auto"
 
     def _init_weights(self, *, mup: bool) -> None:
         for block in self.blocks:
@@ -107,6 +110,9 @@ class _Trunk(MuPInit):
         modulation_keys = [self.adaLN_emb_read_key, self.adaLN_packing_fn_read_key]
         x, *inputs = (data_dict[key] for key in [*input_keys, *modulation_keys] if key is not None)
         optional = {name: data_dict[key] for name, key in optional_keys.items() if key is not None}
+        optional |= {
+            name: self._plan(value, x) for name, value in optional.items() if isinstance(value, SequenceLayout)
+        }
         intermediate: list[Tensor] = []
         for index, block in enumerate(self.blocks):
             if self.use_act_checkpoint and torch.is_grad_enabled():
@@ -119,6 +125,44 @@ class _Trunk(MuPInit):
         if self.intermediate_layer_write_key is not None:
             data_dict[self.intermediate_layer_write_key] = intermediate[0] if len(intermediate) == 1 else intermediate
         return data_dict
+
+    def _plan(self, layout: SequenceLayout, x: Tensor) -> AttentionPlan:
+        """Prepare attention over the row x `[1, tokens, dim]` once for all blocks."""
+        if layout.last_counts is not None and (self.rope_forward_read_key or getattr(self, "score_mod_read_key", None)):
+            raise ValueError(
+                "rope_forward and score_mod tell equal tokens apart, of which the packer left one; "
+                "set counts_repeats=False on the packer"
+            )
+        device = x.device
+        autocast = torch.amp.is_autocast_available(device.type) and torch.is_autocast_enabled(device.type)
+        dtype = torch.get_autocast_dtype(device.type) if autocast else x.dtype
+        needs_grad = torch.is_grad_enabled() and (x.requires_grad or any(p.requires_grad for p in self.parameters()))
+        request = AttentionRequest(layout, x.shape[1], x.shape[1], device, dtype, needs_grad)
+        return plan_attention(request, self.attention_backend)
+
+
+def set_attention_backend(model: nn.Module, backend: BackendChoice) -> None:
+    """Let all trunks inside `model` answer attention with one backend; `auto` chooses by device, dtype and mask.
+
+    Whether it can is known when it is called: an impossible choice raises ValueError then.
+    """
+    if backend not in get_args(BackendChoice):
+        raise ValueError(f"attention.backend={backend!r} is unknown; valid: {', '.join(get_args(BackendChoice))}")
+    for module in model.modules():
+        if isinstance(module, _Trunk):
+            module.attention_backend = backend
+
+
+def compile_blocks(model: nn.Module, **options: Any) -> None:
+    """Compile the blocks of all trunks inside `model`, each region alike, for rows of any length.
+
+    Packing and everything else that depends on the batch stays outside. State-dict names do not change. `options` are
+    those of `torch.compile`.
+    """
+    for module in model.modules():
+        if isinstance(module, _Trunk):
+            for block in module.blocks:
+                block.compile(**options)
 
 
 class FlexTransformer(_Trunk):

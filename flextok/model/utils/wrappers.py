@@ -1,14 +1,18 @@
 """A pipeline of dictionary modules."""
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 
 import torch
 from torch import nn
 
 from flextok.model.data_dict import DataDict
+from flextok.model.utils.keys import keys_of
 
 logger = logging.getLogger(__name__)
+
+# A trunk that is given one of these tells equal tokens at different positions apart.
+_POSITION_KEYS = ("rope_forward_read_key", "score_mod_read_key")
 
 
 class SequentialModuleDictWrapper(nn.Module):
@@ -17,6 +21,11 @@ class SequentialModuleDictWrapper(nn.Module):
     def __init__(self, module_dict: Mapping[str, nn.Module]) -> None:
         super().__init__()
         self.module_dict = nn.ModuleDict(dict(module_dict))
+        modules = [vars(module) for module in self.module_dict.values()]
+        if any(attributes.get(key) for attributes in modules for key in _POSITION_KEYS):
+            for attributes in modules:
+                if "counts_repeats" in attributes:
+                    attributes["counts_repeats"] = False
 
     @property
     def device(self) -> torch.device:
@@ -33,8 +42,39 @@ class SequentialModuleDictWrapper(nn.Module):
             elif verbose:
                 logger.info("module %s has no muP initialisation", name)
 
-    def forward(self, data_dict: DataDict) -> DataDict:
+    def split(self, varying: Iterable[str], wanted: str) -> tuple[list[str], list[str]]:
+        """Which modules to run once, and which again whenever the values under the keys `varying` change.
+
+        Modules that do not contribute to the key `wanted` are in neither list. A module is taken for a function of the
+        keys that its attributes name; from one that names none on, everything runs again.
+        """
+        keys = {name: tuple(map(set, keys_of(vars(module)))) for name, module in self.module_dict.items()}
+        needed, live = {wanted}, set()
+        for name, (reads, writes) in reversed(keys.items()):
+            if not reads | writes:
+                live |= set(self.module_dict)
+                break
+            if writes & needed:
+                live.add(name)
+                needed = needed - writes | reads
+        once, again = [], []
+        changing, touched, opaque = set(varying), set[str](), False
+        for name, (reads, writes) in keys.items():
+            opaque = opaque or not reads | writes
+            # A key that a changing module has read or written before must not be set ahead of it.
+            if opaque or reads & changing or writes & touched:
+                changing |= writes
+                touched |= reads | writes
+                again.append(name)
+            else:
+                once.append(name)
+        return [name for name in once if name in live], [name for name in again if name in live]
+
+    def forward(self, data_dict: DataDict, only: Sequence[str] | None = None) -> DataDict:
+        """Run all modules, or those whose names are in `only`, in the order of the pipeline."""
         for name, module in self.module_dict.items():
+            if only is not None and name not in only:
+                continue
             try:
                 data_dict = module(data_dict)
             except KeyError as error:

@@ -1,0 +1,194 @@
+"""Scaled dot product attention of torch: runs and is differentiable on every device.
+
+A packed row is run sample by sample in one batch, so that no matrix over the whole row exists: samples of equal length
+are views of the row, others are gathered and padded to the longest.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import groupby
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from flextok.attention.layout import SequenceLayout
+from flextok.attention.plan import AttentionPlan
+
+MAX_RUNS = 4
+"""Up to so many groups of equal neighbours get a call each, for instance the two branches of guidance."""
+
+
+class _Part(NamedTuple):
+    """The queries `[start, stop)` of every sample of a run attend to its keys `[0, stop)`."""
+
+    start: int
+    stop: int
+    mask: Tensor | None
+    """Broadcastable to `[samples, heads, stop - start, stop]`; bool, or what is added to the scores."""
+    is_causal: bool
+
+
+class _Run(NamedTuple):
+    """Neighbours in the row with equal lengths: tokens `[first, first + samples * length)`."""
+
+    first: int
+    samples: int
+    length: int
+    parts: tuple[_Part, ...]
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+        """q, k, v and the result `[row, heads, head_dim]`; hidden tokens at the end of each sample give zeros."""
+        tokens = slice(self.first, self.first + self.samples * self.length)
+        q, k, v = (x[tokens].unflatten(0, (self.samples, self.length)).transpose(1, 2) for x in (q, k, v))
+        outputs = [
+            F.scaled_dot_product_attention(
+                q[:, :, part.start : part.stop],
+                k[:, :, : part.stop],
+                v[:, :, : part.stop],
+                attn_mask=part.mask,
+                is_causal=part.is_causal,
+                scale=scale,
+            ).transpose(1, 2)
+            for part in self.parts
+        ]
+        visible = self.parts[-1].stop if self.parts else 0
+        if visible < self.length:
+            # Not a constant: all three must get a gradient, and be it zero.
+            outputs.append(0.0 * (q + k + v)[:, :, visible:].transpose(1, 2))
+        return (outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=1)).flatten(0, 1)
+
+
+@dataclass(frozen=True)
+class RunsPlan(AttentionPlan):
+    """One batch without copies for each of a few runs."""
+
+    runs: tuple[_Run, ...]
+    padding: int
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+        q, k, v = (x[0].transpose(0, 1) for x in (q, k, v))
+        outputs = [run.attend(q, k, v, scale) for run in self.runs]
+        tokens = outputs[0] if len(outputs) == 1 else torch.cat(outputs)
+        if self.padding:
+            tokens = F.pad(tokens, (0, 0, 0, 0, 0, self.padding))
+        return tokens[None].transpose(1, 2)
+
+
+@dataclass(frozen=True)
+class PaddedPlan(AttentionPlan):
+    """One batch `[samples, heads, longest, head_dim]` of the visible tokens, gathered from the row and put back."""
+
+    gather: Tensor
+    """int64 `[samples, longest]`: places in the row; past the end of a sample, any."""
+    mask: Tensor
+    """Added to the scores, broadcastable to `[samples, 1, longest, longest]`."""
+    places: Tensor
+    """int64 `[visible tokens]`: where each is in the flattened batch."""
+    rows: Tensor | None
+    """int64 `[visible tokens]`: where each is in the row; None if all of the row is visible."""
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+        row, index = q.shape[2], self.gather.flatten()
+        q, k, v = (
+            x[0].transpose(0, 1).index_select(0, index).unflatten(0, self.gather.shape).transpose(1, 2)
+            for x in (q, k, v)
+        )
+        out = F.scaled_dot_product_attention(q, k, v, attn_mask=self.mask, scale=scale)
+        tokens = out.transpose(1, 2).flatten(0, 1).index_select(0, self.places)
+        if self.rows is not None:
+            tokens = tokens.new_zeros(row, *tokens.shape[1:]).index_copy(0, self.rows, tokens)
+        return tokens[None].transpose(1, 2)
+
+
+@dataclass(frozen=True)
+class DensePlan(AttentionPlan):
+    """Any bool mask broadcastable to `[batch, heads, queries, keys]`, or None."""
+
+    mask: Tensor | None
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+        if self.mask is None:
+            return F.scaled_dot_product_attention(q, k, v, scale=scale)
+        # Rows without a key are given all keys and zeroed afterwards: some fused kernels return NaN for them.
+        visible = self.mask.any(-1, keepdim=True)
+        out = F.scaled_dot_product_attention(q, k, v, attn_mask=self.mask | ~visible, scale=scale)
+        return out.masked_fill(~visible, 0.0)
+
+
+def plan_sdpa(layout: SequenceLayout, device: torch.device, dtype: torch.dtype) -> AttentionPlan:
+    """Views of the row where its samples allow it, else a padded batch."""
+    groups = [(signature, len(list(group))) for signature, group in groupby(_signatures(layout))]
+    if len(groups) <= MAX_RUNS:
+        padding = layout.row_length - layout.num_tokens
+        return RunsPlan(layout, tuple(_runs(groups, layout.mode, device, dtype)), padding)
+    return _padded_plan(layout, device, dtype)
+
+
+class _Signature(NamedTuple):
+    """Samples with the same one can share a batch without padding."""
+
+    length: int
+    before_last: int
+    visible: int
+    last_count: int
+
+
+def _signatures(layout: SequenceLayout) -> Iterator[_Signature]:
+    counts = layout.last_counts or (1,) * len(layout.lengths)
+    for row, length, visible, count in zip(
+        layout.lengths, layout.sample_lengths, layout.visible_lengths, counts, strict=True
+    ):
+        yield _Signature(length, length - row[-1], visible, count)
+
+
+def _runs(groups: list[tuple[_Signature, int]], mode: str, device: torch.device, dtype: torch.dtype) -> Iterator[_Run]:
+    first = 0
+    for signature, samples in groups:
+        yield _Run(first, samples, signature.length, tuple(_parts(signature, mode, device, dtype)))
+        first += samples * signature.length
+
+
+def _parts(signature: _Signature, mode: str, device: torch.device, dtype: torch.dtype) -> Iterator[_Part]:
+    _, before_last, visible, count = signature
+    if visible == 0:
+        return
+    if mode == "causal_last" and before_last:
+        # Two dense calls: everything before the last sub-sequence over itself, then the last one over all.
+        yield _Part(0, before_last, None, is_causal=False)
+        if visible > before_last:
+            shape = (visible - before_last, visible)
+            order = torch.ones(shape, dtype=torch.bool, device=device).tril(before_last)
+            yield _Part(before_last, visible, order, is_causal=False)
+    elif mode == "full" and count > 1:
+        bias = torch.zeros(visible)
+        bias[-1] = torch.tensor(float(count)).log()
+        yield _Part(0, visible, bias.to(device, dtype)[None, None, None], is_causal=False)
+    else:
+        yield _Part(0, visible, None, is_causal=mode != "full")
+
+
+def _padded_plan(layout: SequenceLayout, device: torch.device, dtype: torch.dtype) -> PaddedPlan:
+    lengths, visible = torch.tensor(layout.sample_lengths), torch.tensor(layout.visible_lengths)
+    starts = lengths.cumsum(0) - lengths
+    # Samples that see nothing are no part of the batch: their softmax would be undefined.
+    starts, visible = starts[visible > 0], visible[visible > 0]
+    place = torch.arange(int(visible.max()))
+    inside = place < visible[:, None]
+    gather = torch.where(inside, starts[:, None] + place, starts[:, None])
+    allowed = inside[:, None, None, :]
+    if layout.mode != "full":
+        ordered = torch.ones(len(place), len(place), dtype=torch.bool).tril()
+        if layout.mode == "causal_last":
+            table = layout.table(torch.device("cpu"))
+            ordered = ordered | table.before_last[gather][:, None, None, :]
+        allowed = allowed & ordered
+    mask = torch.zeros(allowed.shape).masked_fill(~allowed, float("-inf"))
+    bias = layout.key_bias(torch.device("cpu"))
+    if bias is not None:
+        mask = mask + bias[gather][:, None, None, :]
+    all_visible = int(visible.sum()) == layout.row_length
+    rows = None if all_visible else gather[inside].to(device, non_blocking=True)
+    places = inside.flatten().nonzero()[:, 0].to(device, non_blocking=True)
+    return PaddedPlan(layout, gather.to(device, non_blocking=True), mask.to(device, dtype), places, rows)
