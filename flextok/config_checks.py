@@ -14,6 +14,7 @@ from omegaconf import DictConfig, OmegaConf
 from flextok.config_fields import integer, is_integer, refuse, setting
 from flextok.config_sizes import check_sizes
 
+ATTENTION_BACKENDS = ("auto", "flex", "varlen", "sdpa", "reference")  # As in flextok/attention/engine.py, without torch.
 # Weights stay float32, for the optimizer and for the average: other precisions of Lightning are not supported.
 PRECISIONS = ("32-true", "bf16-mixed", "16-mixed", "32", "bf16", "16")
 MANDATORY = {
@@ -40,6 +41,7 @@ def check_config(cfg: DictConfig) -> None:
     check_sizes(cfg)
     _check_keep_ks(cfg)
     _check_precision(cfg)
+    _check_attention(cfg)
     _check_paths(cfg)
     _check_start(cfg)
 
@@ -90,6 +92,12 @@ def _check_precision(cfg: DictConfig) -> None:
     precision = setting(cfg, "trainer.precision")
     if precision is not None and str(precision) not in PRECISIONS:
         refuse("trainer.precision", precision, ", ".join(PRECISIONS))
+
+
+def _check_attention(cfg: DictConfig) -> None:
+    backend = setting(cfg, "attention.backend")
+    if backend is not None and backend not in ATTENTION_BACKENDS:
+        refuse("attention.backend", backend, ", ".join(ATTENTION_BACKENDS))
 
 
 def _check_named_nodes(cfg: DictConfig) -> None:

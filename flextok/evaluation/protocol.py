@@ -2,7 +2,7 @@
 
 import hashlib
 import platform
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,7 @@ def build_protocol(
     weights: str,
     device: torch.device,
     dtype: torch.dtype,
+    attention_backends: Sequence[str],
 ) -> dict[str, Any]:
     """The `protocol` of `metrics.json`."""
     return {
@@ -50,6 +51,7 @@ def build_protocol(
         "versions": {"python": platform.python_version(), **package_versions()},
         "device": device_name(device),
         "dtype": str(dtype).removeprefix("torch."),
+        "attention_backends": list(attention_backends),
         "metrics": metric_definitions(sweep.image_sizes),
     }
 

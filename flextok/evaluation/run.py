@@ -9,11 +9,13 @@ import torch
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 
+from flextok.attention.engine import record_backends
 from flextok.evaluation.protocol import build_protocol
 from flextok.evaluation.report import write_report
 from flextok.evaluation.settings import EvaluationSettings, resolve_keep_ks
 from flextok.evaluation.source import ModelSource, find_source
 from flextok.evaluation.sweep import run_sweep
+from flextok.model.trunks.transformers import set_attention_backend
 
 logger = logging.getLogger(__name__)
 
@@ -32,7 +34,9 @@ def run(config: DictConfig) -> tuple[dict[str, Any], Path]:
 
     model, weights = source.load(weights=settings.weights)
     resolve_keep_ks(settings.keep_ks, model.num_registers)
-    sweep = run_sweep(model, open_split(data, settings.split), settings, device=device)
+    set_attention_backend(model, config.attention.backend)
+    with record_backends() as backends:
+        sweep = run_sweep(model, open_split(data, settings.split), settings, device=device)
     protocol = build_protocol(
         sweep=sweep,
         settings=settings,
@@ -42,6 +46,7 @@ def run(config: DictConfig) -> tuple[dict[str, Any], Path]:
         weights=weights,
         device=device,
         dtype=next(model.parameters()).dtype,
+        attention_backends=sorted(set(backends)),
     )
     return write_report(sweep, protocol, folder), folder
 

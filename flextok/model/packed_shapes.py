@@ -82,10 +82,7 @@ class PackedShapes(list[list[Sequence[int]]]):
         return PackedList(tokens, [(1, *shape, tokens.shape[-1]) for shape in shapes])
 
     def _restored_rows(self, j: int, device: torch.device) -> _Restored:
-        mine = [CutShape.of(n, full=n, visible=n) for n in (prod(sample[j]) for sample in self)]
-        mine = [
-            sample[j] if isinstance(sample[j], CutShape) else plain for sample, plain in zip(self, mine, strict=True)
-        ]
+        mine = [_as_cut(sample[j]) for sample in self]
         packed = torch.tensor([shape[0] for shape in mine])
         full = torch.tensor([shape.full for shape in mine])
         visible = torch.tensor([shape.visible for shape in mine])

@@ -16,6 +16,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from omegaconf import DictConfig, OmegaConf
 
 from flextok.flextok_wrapper import FlexTok
+from flextok.model.trunks.transformers import compile_blocks, set_attention_backend
 from flextok.training.checkpoints import check_same_weights, checkpoint_of_run, read_checkpoint
 from flextok.training.ema import CHECKPOINT_KEY, ExponentialMovingAverage
 from flextok.training.random_states import RandomStates
@@ -58,10 +59,9 @@ def build(cfg: DictConfig) -> TrainingRun:
     model = _instantiate(cfg.model)
     if cfg.init_from is not None:
         start_from(model, cfg.init_from)
+    set_attention_backend(model, cfg.attention.backend)
     if cfg.compile:
-        # Not `torch.compile(module)`, which would rename every weight in the checkpoints.
-        model.encoder.compile()
-        model.decoder.compile()
+        compile_blocks(model)
     module = TokenizerModule(
         model,
         _instantiate(cfg.objective),

@@ -1,7 +1,7 @@
 """Scaled dot product attention of torch: runs and is differentiable on every device.
 
 A packed row is run sample by sample in one batch, so that no matrix over the whole row exists: samples of equal length
-are views of the row, others are gathered and padded to the longest.
+are views of the row, others are gathered into batches of similar length and padded.
 """
 
 from collections.abc import Iterator
@@ -18,6 +18,8 @@ from flextok.attention.plan import AttentionPlan
 
 MAX_RUNS = 4
 """Up to so many groups of equal neighbours get a call each, for instance the two branches of guidance."""
+NUM_BATCHES = 4
+"""Samples of different lengths are sorted into so many batches, each padded to its longest."""
 
 
 class _Part(NamedTuple):
@@ -40,13 +42,16 @@ class _Run(NamedTuple):
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
         """q, k, v and the result `[row, heads, head_dim]`; hidden tokens at the end of each sample give zeros."""
-        tokens = slice(self.first, self.first + self.samples * self.length)
-        q, k, v = (x[tokens].unflatten(0, (self.samples, self.length)).transpose(1, 2) for x in (q, k, v))
+        num_tokens = self.samples * self.length
+        q, k, v = (
+            _narrow(x, 0, self.first, num_tokens).unflatten(0, (self.samples, self.length)).transpose(1, 2)
+            for x in (q, k, v)
+        )
         outputs = [
             F.scaled_dot_product_attention(
-                q[:, :, part.start : part.stop],
-                k[:, :, : part.stop],
-                v[:, :, : part.stop],
+                _narrow(q, 2, part.start, part.stop - part.start),
+                _narrow(k, 2, 0, part.stop),
+                _narrow(v, 2, 0, part.stop),
                 attn_mask=part.mask,
                 is_causal=part.is_causal,
                 scale=scale,
@@ -60,6 +65,11 @@ class _Run(NamedTuple):
         return (outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=1)).flatten(0, 1)
 
 
+def _narrow(x: Tensor, dim: int, start: int, length: int) -> Tensor:
+    """`x.narrow`, but x itself where that is all of it: the gradient of a view is a copy into zeros."""
+    return x if length == x.shape[dim] else x.narrow(dim, start, length)
+
+
 @dataclass(frozen=True)
 class RunsPlan(AttentionPlan):
     """One batch without copies for each of a few runs."""
@@ -68,7 +78,7 @@ class RunsPlan(AttentionPlan):
     padding: int
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
-        q, k, v = (x[0].transpose(0, 1) for x in (q, k, v))
+        q, k, v = (x.squeeze(0).transpose(0, 1) for x in (q, k, v))
         outputs = [run.attend(q, k, v, scale) for run in self.runs]
         tokens = outputs[0] if len(outputs) == 1 else torch.cat(outputs)
         if self.padding:
@@ -78,25 +88,27 @@ class RunsPlan(AttentionPlan):
 
 @dataclass(frozen=True)
 class PaddedPlan(AttentionPlan):
-    """One batch `[samples, heads, longest, head_dim]` of the visible tokens, gathered from the row and put back."""
+    """The visible tokens in a few padded batches of similar length, gathered from the row and put back."""
 
     gather: Tensor
-    """int64 `[samples, longest]`: places in the row; past the end of a sample, any."""
-    mask: Tensor
-    """Added to the scores, broadcastable to `[samples, 1, longest, longest]`."""
+    """int64 `[places]`: where the tokens of all batches lie in the row; past the end of a sample, any."""
+    masks: tuple[Tensor, ...]
+    """For each batch what is added to its scores, `[samples, 1, 1 | longest, longest]`."""
     places: Tensor
-    """int64 `[visible tokens]`: where each is in the flattened batch."""
+    """int64 `[visible tokens]`: where each is among the places."""
     rows: Tensor | None
-    """int64 `[visible tokens]`: where each is in the row; None if all of the row is visible."""
+    """int64 `[visible tokens]`: where each is in the row; None if they are the whole row in order."""
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
-        row, index = q.shape[2], self.gather.flatten()
-        q, k, v = (
-            x[0].transpose(0, 1).index_select(0, index).unflatten(0, self.gather.shape).transpose(1, 2)
-            for x in (q, k, v)
-        )
-        out = F.scaled_dot_product_attention(q, k, v, attn_mask=self.mask, scale=scale)
-        tokens = out.transpose(1, 2).flatten(0, 1).index_select(0, self.places)
+        row, sizes = q.shape[2], [(mask.shape[0], mask.shape[-1]) for mask in self.masks]
+        q, k, v = (x.squeeze(0).transpose(0, 1).index_select(0, self.gather) for x in (q, k, v))
+        batches = zip(*(x.split([n * longest for n, longest in sizes]) for x in (q, k, v)), strict=True)
+        outputs = []
+        for batch, mask, size in zip(batches, self.masks, sizes, strict=True):
+            q, k, v = (x.unflatten(0, size).transpose(1, 2) for x in batch)
+            out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale)
+            outputs.append(out.transpose(1, 2).flatten(0, 1))
+        tokens = torch.cat(outputs).index_select(0, self.places)
         if self.rows is not None:
             tokens = tokens.new_zeros(row, *tokens.shape[1:]).index_copy(0, self.rows, tokens)
         return tokens[None].transpose(1, 2)
@@ -172,8 +184,27 @@ def _parts(signature: _Signature, mode: str, device: torch.device, dtype: torch.
 def _padded_plan(layout: SequenceLayout, device: torch.device, dtype: torch.dtype) -> PaddedPlan:
     lengths, visible = torch.tensor(layout.sample_lengths), torch.tensor(layout.visible_lengths)
     starts = lengths.cumsum(0) - lengths
-    # Samples that see nothing are no part of the batch: their softmax would be undefined.
-    starts, visible = starts[visible > 0], visible[visible > 0]
+    # Samples that see nothing are in no batch: their softmax would be undefined.
+    by_length = visible.argsort(stable=True)[int((visible == 0).sum()) :]
+    groups = by_length.tensor_split(min(NUM_BATCHES, len(by_length)))
+    gathers, masks, rows = zip(*[_batch(layout, starts[g], visible[g], dtype) for g in groups], strict=True)
+    # Where each place of the batches lies in the row, -1 for padding.
+    in_row = torch.cat(rows)
+    order = in_row.argsort(stable=True)[int((in_row < 0).sum()) :]
+    whole = len(order) == layout.row_length
+    return PaddedPlan(
+        layout,
+        torch.cat(gathers).to(device, non_blocking=True),
+        tuple(mask.to(device, non_blocking=True) for mask in masks),
+        order.to(device, non_blocking=True),
+        None if whole else in_row[order].to(device, non_blocking=True),
+    )
+
+
+def _batch(
+    layout: SequenceLayout, starts: Tensor, visible: Tensor, dtype: torch.dtype
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Of one padded batch, on the CPU: its gather, its mask, and the gather with -1 for padding."""
     place = torch.arange(int(visible.max()))
     inside = place < visible[:, None]
     gather = torch.where(inside, starts[:, None] + place, starts[:, None])
@@ -188,7 +219,4 @@ def _padded_plan(layout: SequenceLayout, device: torch.device, dtype: torch.dtyp
     bias = layout.key_bias(torch.device("cpu"))
     if bias is not None:
         mask = mask + bias[gather][:, None, None, :]
-    all_visible = int(visible.sum()) == layout.row_length
-    rows = None if all_visible else gather[inside].to(device, non_blocking=True)
-    places = inside.flatten().nonzero()[:, 0].to(device, non_blocking=True)
-    return PaddedPlan(layout, gather.to(device, non_blocking=True), mask.to(device, dtype), places, rows)
+    return gather.flatten(), mask.to(dtype), torch.where(inside, gather, -1).flatten()

@@ -44,7 +44,7 @@ class VarlenPlan(AttentionPlan):
     calls: tuple[_Call, ...]
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
-        q, k, v = (x[0].transpose(0, 1) for x in (q, k, v))
+        q, k, v = (x.squeeze(0).transpose(0, 1) for x in (q, k, v))
         out: Tensor | None = None
         for queries, keys, is_causal in self.calls:
             part = varlen_attn(

@@ -1,10 +1,12 @@
 """Masks of samples packed in one row, with the order rules of the trunks and nested dropout."""
 
-from collections.abc import Callable
-
 from torch import Tensor
 
-MaskMod = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
+from flextok.attention.masks.causal import causal_positions_mask
+from flextok.attention.masks.compose import and_masks, or_masks
+from flextok.attention.masks.mask_mod import MaskMod
+from flextok.attention.masks.prefix import visible_keys_mask
+from flextok.attention.masks.same_sample import same_sample_mask
 
 
 def packed_mask(sample: Tensor, position: Tensor, before_last: Tensor, *, mode: str) -> MaskMod:
@@ -13,15 +15,12 @@ def packed_mask(sample: Tensor, position: Tensor, before_last: Tensor, *, mode: 
     Args are `[total]` tensors, one value per token of the packed row. `mode` is `full`, `causal` (position of the key
     <= that of the query) or `causal_last` (`causal`, or the key lies before the sample's last sub-sequence).
     """
-
-    def full(b: Tensor, h: Tensor, q_idx: Tensor, kv_idx: Tensor) -> Tensor:
-        return (sample[q_idx] == sample[kv_idx]) & (sample[kv_idx] >= 0)
-
-    def causal(b: Tensor, h: Tensor, q_idx: Tensor, kv_idx: Tensor) -> Tensor:
-        return full(b, h, q_idx, kv_idx) & (position[kv_idx] <= position[q_idx])
-
-    def causal_last(b: Tensor, h: Tensor, q_idx: Tensor, kv_idx: Tensor) -> Tensor:
-        ordered = (position[kv_idx] <= position[q_idx]) | before_last[kv_idx]
-        return full(b, h, q_idx, kv_idx) & ordered
-
-    return {"full": full, "causal": causal, "causal_last": causal_last}[mode]
+    within = same_sample_mask(sample)
+    if mode == "full":
+        return within
+    causal = causal_positions_mask(position)
+    if mode == "causal":
+        return and_masks(within, causal)
+    if mode == "causal_last":
+        return and_masks(within, or_masks(causal, visible_keys_mask(before_last)))
+    raise ValueError(f"mode={mode!r} is unknown; valid: full, causal, causal_last")

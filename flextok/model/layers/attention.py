@@ -2,13 +2,12 @@
 
 from collections.abc import Callable
 
-import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from flextok.attention.engine import AttentionMask, attend
 from flextok.attention.reference import ScoreMod
 from flextok.model.init import InitStyle, MuPInit, init_linear
+from flextok.model.layers.fused import can_join, joined_linear
 from flextok.model.layers.norm import plain_norm
 
 RopeForward = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor, Tensor]]
@@ -60,16 +59,14 @@ class FlexAttention(MuPInit):
             init_linear(self.wq, "zero")
 
     def _project(self, x: Tensor, context: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """q, k, v `[batch, tokens, heads, head_dim]`; of a sequence with itself in one matrix product."""
-        linears = (self.wq, self.wk, self.wv)
-        if x is not context or any(type(linear) is not nn.Linear for linear in linears):
-            q, k, v = self.wq(x), self.wk(context), self.wv(context)
-        else:
-            # Joined anew in each call: cheap beside the product, and right whatever changed the weights.
-            weight = torch.cat([linear.weight for linear in linears])
-            bias = None if self.wq.bias is None else torch.cat([linear.bias for linear in linears])
-            q, k, v = F.linear(x, weight, bias).chunk(3, dim=-1)
-        q, k, v = (features.unflatten(-1, (self.num_heads, -1)) for features in (q, k, v))
+        """q, k, v `[batch, tokens, heads, head_dim]`, q and k normed."""
+        v = self.wv(context).unflatten(-1, (self.num_heads, -1))
+        if x is context and can_join(self.wq, self.wk) and _same_plain_norm(self.q_norm, self.k_norm):
+            heads = joined_linear(x, self.wq, self.wk).unflatten(-1, (2 * self.num_heads, -1))
+            q, k = self.q_norm(heads).chunk(2, dim=-2)
+            return q, k, v
+        q = self.q_norm(self.wq(x).unflatten(-1, (self.num_heads, -1)))
+        k = self.k_norm(self.wk(context).unflatten(-1, (self.num_heads, -1)))
         return q, k, v
 
     def forward(
@@ -80,14 +77,18 @@ class FlexAttention(MuPInit):
         block_mask: AttentionMask = None,
         rope_forward: RopeForward | None = None,
     ) -> Tensor:
-        q, k, v = self._project(x, context)
-        q, k, v = self.q_norm(q).transpose(1, 2), self.k_norm(k).transpose(1, 2), v.transpose(1, 2)
+        q, k, v = (heads.transpose(1, 2) for heads in self._project(x, context))
         if rope_forward is not None:
             q, k, v = rope_forward(q, k, v)
         # Under autocast the float32 norm leaves q and k in another dtype than v.
         q, k = q.to(v.dtype), k.to(v.dtype)
         out = attend(q, k, v, block_mask, scale=self.scale, score_mod=score_mod)
         return self.proj_drop(self.proj(out.transpose(1, 2).flatten(2)))
+
+
+def _same_plain_norm(q_norm: nn.Module, k_norm: nn.Module) -> bool:
+    """Whether one call over the heads of both does what the two do."""
+    return type(q_norm) is type(k_norm) and not [*q_norm.parameters(), *k_norm.parameters()]
 
 
 class FlexSelfAttention(FlexAttention):

@@ -5,7 +5,7 @@ from collections.abc import Callable
 from torch import Tensor, nn
 
 from flextok.model.init import InitStyle, MuPInit, init_linear
-from flextok.model.layers.fused import swiglu
+from flextok.model.layers.fused import can_join, joined_linear, swiglu
 
 
 class Mlp(MuPInit):
@@ -66,6 +66,8 @@ class GatedMlp(MuPInit):
             init_linear(linear, self.weight_init_style, mup=mup)
 
     def forward(self, x: Tensor) -> Tensor:
-        gate, value = self.fc1(x), self.fc3(x)
-        hidden = swiglu(gate, value) if isinstance(self.act, nn.SiLU) else self.act(gate) * value
+        if isinstance(self.act, nn.SiLU) and can_join(self.fc1, self.fc3):
+            hidden = swiglu(joined_linear(x, self.fc1, self.fc3))
+        else:
+            hidden = self.act(self.fc1(x)) * self.fc3(x)
         return self.drop(self.fc2(hidden))

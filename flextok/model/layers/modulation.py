@@ -68,7 +68,7 @@ def modulations(
         rows = packing_fn.rows(linear(emb[:1] if is_shared(emb) else emb))
         index = packing_fn.shared_index() if is_shared(emb) else packing_fn.index
     else:
-        rows = packing_fn(linear(emb))[0]
+        rows = packing_fn(linear(emb)).squeeze(0)
         # Such a function leaves out the padding, whose modulation is zero.
         rows = F.pad(rows, (0, 0, 0, length - rows.shape[0]))
         index = torch.arange(length, device=rows.device)

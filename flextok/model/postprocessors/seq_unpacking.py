@@ -34,9 +34,9 @@ class SequenceUnpacker(nn.Module):
             shapes = PackedShapes(shapes)
         if not shapes.is_plain:
             for j, key in enumerate(self.inner_seq_write_keys):
-                data_dict[key] = shapes.restore(j, row[0])
+                data_dict[key] = shapes.restore(j, row.squeeze(0))
             return data_dict
-        tokens = row[0, : sum(map(sum, shapes.lengths))]
+        tokens = row.squeeze(0)[: sum(map(sum, shapes.lengths))]
         parts = tokens.unflatten(0, (len(shapes), -1)).split(shapes.lengths[0], dim=1)
         for key, part, shape in zip(self.inner_seq_write_keys, parts, shapes[0], strict=True):
             data_dict[key] = PackedList(part.unflatten(1, shape) if len(shape) != 1 else part)
