@@ -14,7 +14,8 @@ from omegaconf import DictConfig, OmegaConf
 from flextok.config_fields import integer, is_integer, refuse, setting
 from flextok.config_sizes import check_sizes
 
-ATTENTION_BACKENDS = ("auto", "flex", "varlen", "sdpa", "reference")  # As in flextok/attention/engine.py, without torch.
+# Those of flextok/attention/engine.py, whose import would wait for torch.
+ATTENTION_BACKENDS = ("auto", "flex", "varlen", "sdpa", "reference")
 # Weights stay float32, for the optimizer and for the average: other precisions of Lightning are not supported.
 PRECISIONS = ("32-true", "bf16-mixed", "16-mixed", "32", "bf16", "16")
 MANDATORY = {

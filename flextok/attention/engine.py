@@ -70,6 +70,8 @@ def attend(
         needs_grad = torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v))
         request = AttentionRequest(mask, q.shape[2], k.shape[2], q.device, q.dtype, needs_grad, score_mod)
         mask = plan_attention(request, backend)
+    elif score_mod is not None:
+        raise ValueError("score_mod is part of a plan: give it to plan_attention")
     return mask.attend(q, k, v, scale)
 
 
@@ -148,7 +150,7 @@ def _plan(request: AttentionRequest, backend: Backend) -> AttentionPlan:
     mask, score_mod, device = request.mask, request.score_mod, request.device
     layout = mask if isinstance(mask, SequenceLayout) else None
     if layout is not None and backend in ("flex", "reference"):
-        bias = layout.key_bias(device)
+        bias = layout.key_bias(device, torch.promote_types(request.dtype, torch.float32))
         score_mod = score_mod if bias is None else add_key_bias(bias, score_mod)
     if backend == "flex":
         assert not isinstance(mask, Tensor)

@@ -126,18 +126,30 @@ class SequenceLayout:
         """The mask as a FlexAttention `mask_mod` over positions of the packed row."""
         return packed_mask(*self.table(device), mode=self.mode)
 
-    def key_bias(self, device: torch.device) -> Tensor | None:
-        """float32 `[total]` to add to the scores of each key, log(count); None where every token is one."""
+    def rows_of(self, subsequences: Sequence[int], device: torch.device) -> Tensor:
+        """int64: the places in the row of the tokens of some sub-sequences of every sample, ascending."""
+        return self.derive(f"rows of {subsequences}", device, lambda _: self._build_rows_of(subsequences).to(device))
+
+    def _build_rows_of(self, subsequences: Sequence[int]) -> Tensor:
+        lengths = torch.tensor(self.lengths)
+        wanted = torch.zeros_like(lengths, dtype=torch.bool)
+        wanted[:, list(subsequences)] = True
+        return wanted.flatten().repeat_interleave(lengths.flatten()).nonzero()[:, 0]
+
+    def key_bias(self, device: torch.device, dtype: torch.dtype = torch.float32) -> Tensor | None:
+        """`[total]` to add to the scores of each key, log(count); None where every token is one."""
         if self.last_counts is None:
             return None
-        return self.derive("key_bias", device, self._build_key_bias)
+        return self.derive(f"key_bias {dtype}", device, lambda device: self._build_key_bias().to(device, dtype))
 
-    def _build_key_bias(self, device: torch.device) -> Tensor:
+    def _build_key_bias(self) -> Tensor:
         assert self.last_counts is not None
-        bias = torch.zeros(self.row_length)
-        ends = torch.tensor(self.sample_lengths).cumsum(0)
-        bias[ends - 1] = torch.tensor(self.last_counts, dtype=torch.float32).log()
-        return bias.to(device)
+        bias = torch.zeros(self.row_length, dtype=torch.float64)
+        lengths = torch.tensor(self.sample_lengths)
+        # A sample without tokens has no last one.
+        ends, counts = (x[lengths > 0] for x in (lengths.cumsum(0), torch.tensor(self.last_counts)))
+        bias[ends - 1] = counts.double().log()
+        return bias
 
     def block_mask(self, device: torch.device) -> BlockMask:
         """The mask as a FlexAttention `BlockMask` `[1, 1, total, total]`."""

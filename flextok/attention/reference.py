@@ -17,6 +17,6 @@ def reference_attention(
         grid = [torch.arange(n, device=q.device).view(-1, *(1,) * (3 - axis)) for axis, n in enumerate(scores.shape)]
         scores = score_mod(scores, *grid)
     if mask is None:
-        return scores.softmax(-1) @ v
-    weights = scores.masked_fill(~mask, float("-inf")).softmax(-1)
+        return scores.softmax(-1).to(v.dtype) @ v
+    weights = scores.masked_fill(~mask, float("-inf")).softmax(-1).to(v.dtype)
     return weights.masked_fill(~mask.any(-1, keepdim=True), 0.0) @ v

@@ -10,18 +10,13 @@ too.
 """
 
 import argparse
-import json
-from collections.abc import Iterable, Iterator, Mapping
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from collections.abc import Iterable, Iterator
+from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from flextok.cli.module_table import ModuleRow
 
-LatentShape = tuple[int, int, int]
-
 _HEADER = ("module", "class", "reads", "writes", "parameters")
-_OFFICIAL_LATENTS: LatentShape = (16, 32, 32)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -41,15 +36,12 @@ def run(args: argparse.Namespace) -> int:
     from omegaconf.errors import OmegaConfBaseException
     from yaml import YAMLError
 
+    from flextok.cli.model_config import read_model_config
     from flextok.cli.module_table import trace_modules
     from flextok.config import describe_error
 
     try:
-        if len(args.what) == 1 and Path(args.what[0]).exists():
-            config, latent_shape = _from_path(Path(args.what[0]), trust=args.trust)
-        else:
-            config, latent_shape = _from_overrides(args.what)
-        rows = trace_modules(config, latent_shape)
+        rows = trace_modules(*read_model_config(args.what, trust=args.trust))
     except (HydraException, OmegaConfBaseException, YAMLError) as error:
         raise ValueError(describe_error(error)) from error
     print("\n".join(_format_table(rows)))
@@ -58,77 +50,6 @@ def run(args: argparse.Namespace) -> int:
         print(f"{name:<8} {total:>15,} parameters")
     print("(without the VAE)")
     return 0
-
-
-def _from_overrides(overrides: list[str]) -> tuple[dict[str, Any], LatentShape]:
-    from flextok.config import compose
-
-    missing = [word for word in overrides if "=" not in word and not word.startswith("~")]
-    if missing:
-        raise FileNotFoundError(f"{missing[0]} is neither an existing path nor an override such as model=tiny")
-    return _from_full_config(compose(overrides))
-
-
-def _from_full_config(config: Any) -> tuple[dict[str, Any], LatentShape]:
-    from omegaconf import OmegaConf
-
-    from flextok.cli.module_table import PARTS
-
-    side = config.data.image_size // config.latent.downsample
-    # The VAE is not built, so it may still lack the path to its weights.
-    model: dict[str, Any] = {"vae": OmegaConf.to_container(config.model.vae, resolve=False)}
-    model |= {part: OmegaConf.to_container(config.model[part], resolve=True) for part in PARTS}
-    return model, (config.latent.channels, side, side)
-
-
-def _from_path(path: Path, *, trust: bool) -> tuple[dict[str, Any], LatentShape]:
-    from flextok.cli.module_table import PARTS
-    from flextok.utils.checkpoint import load_metadata, load_shapes, sanitize_hydra_config
-    from flextok.utils.instantiate import check_numbers
-
-    if path.is_dir() and (path / "config.yaml").exists():
-        return _from_run(path, trust=trust)
-    if path.is_dir() and (path / "config.json").exists():
-        config = sanitize_hydra_config(json.loads((path / "config.json").read_text(encoding="utf-8")))
-    elif path.is_dir():
-        raise ValueError(f"{path}: holds neither a run (config.yaml) nor a model (config.json)")
-    else:
-        config = load_metadata(path)
-    weights = path / "model.safetensors" if path.is_dir() else path
-    if weights.is_file():
-        check_numbers(config, load_shapes(weights))
-    if not all(isinstance(config.get(part), dict) for part in ("vae", *PARTS)):
-        raise ValueError(f"{path}: its config is not that of a FlexTok")
-    return config, _latent_shape(config)
-
-
-def _from_run(path: Path, *, trust: bool) -> tuple[dict[str, Any], LatentShape]:
-    from omegaconf import OmegaConf
-
-    from flextok.training.checkpoints import run_config
-    from flextok.utils.checkpoint import sanitize_hydra_config
-
-    config = run_config(path)
-    if not trust:
-        try:
-            config.model = sanitize_hydra_config(config.model)
-        except ValueError as error:
-            raise ValueError(f"{path}: {error}; a run of your own with modules of your own: --trust") from error
-    sizes = [OmegaConf.select(config, name) for name in ("data.image_size", "latent.downsample", "latent.channels")]
-    if not all(isinstance(size, int) and size > 0 for size in sizes):
-        raise ValueError(f"{path}: its config has no data.image_size, latent.downsample and latent.channels")
-    return _from_full_config(config)
-
-
-def _latent_shape(config: Mapping[str, Any]) -> LatentShape:
-    """A checkpoint does not say how large its images are, but the encoder's patch grid does."""
-    modules = [module for module in config["encoder"].get("module_dict", {}).values() if isinstance(module, Mapping)]
-    patcher: Mapping[str, Any] = next((module for module in modules if "channels_in" in module), {})
-    grid = next((module["max_sizes"] for module in modules if len(module.get("max_sizes", ())) == 2), None)
-    if grid is None or len(patcher.get("patch_sizes", ())) != 2:
-        return _OFFICIAL_LATENTS
-    height, width = (cells * size for cells, size in zip(grid, patcher["patch_sizes"], strict=True))
-    return patcher["channels_in"], height, width
 
 
 def _totals(rows: "Iterable[ModuleRow]") -> dict[str, int]:

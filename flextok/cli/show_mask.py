@@ -61,14 +61,11 @@ def run(args: argparse.Namespace) -> int:
     from yaml import YAMLError
 
     from flextok.attention.visualize import render_mask, save_mask_png
-    from flextok.cli.describe import _from_overrides, _from_path
+    from flextok.cli.model_config import read_model_config
     from flextok.config import describe_error
 
     try:
-        if len(args.what) == 1 and Path(args.what[0]).exists():
-            config, latent_shape = _from_path(Path(args.what[0]), trust=args.trust)
-        else:
-            config, latent_shape = _from_overrides(args.what)
+        config, latent_shape = read_model_config(args.what, trust=args.trust)
         found = trunk_mask(config, latent_shape, args.part, batch=args.batch, keep_ks=args.keep_k)
     except (HydraException, OmegaConfBaseException, YAMLError) as error:
         raise ValueError(describe_error(error)) from error

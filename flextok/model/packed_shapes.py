@@ -52,6 +52,10 @@ class PackedShapes(list[list[Sequence[int]]]):
         )
         self._restored: dict[tuple[int, torch.device], _Restored] = {}
 
+    def __eq__(self, other: object) -> bool:
+        # Asked from both sides: a plain shape takes a cut one of as many packed tokens for its equal.
+        return isinstance(other, list) and super().__eq__(other) and list.__eq__(other, self)
+
     def _starts(self) -> Tensor:
         """int64 `[samples, sub-sequences]`."""
         lengths = torch.tensor(self.lengths)

@@ -18,10 +18,11 @@ _PACKERS = (
     "flextok.model.preprocessors.nested_dropout_seq_packer.NestedDropoutSequencePacker",
 )
 
-# Settings that released code does not know; none changes what a trained model computes.
+# Settings that released code does not know; none changes what a trained model answers.
 _OUR_FIELDS = {
     "flextok.model.preprocessors.nested_dropout_seq_packer.NestedDropoutSequencePacker": ("drop_masked",),
     "flextok.flow_matching.noise_modules.MinRFNoiseModule": ("timestep_shift",),
+    "flextok.model.trunks.transformers.FlexTransformer": ("output_subsequences",),
 }
 
 

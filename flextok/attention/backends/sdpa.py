@@ -4,6 +4,7 @@ A packed row is run sample by sample in one batch, so that no matrix over the wh
 are views of the row, others are gathered into batches of similar length and padded.
 """
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import groupby
@@ -59,7 +60,7 @@ class _Run(NamedTuple):
             for part in self.parts
         ]
         visible = self.parts[-1].stop if self.parts else 0
-        if visible < self.length:
+        if visible < self.length or not outputs:
             # Not a constant: all three must get a gradient, and be it zero.
             outputs.append(0.0 * (q + k + v)[:, :, visible:].transpose(1, 2))
         return (outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=1)).flatten(0, 1)
@@ -132,6 +133,9 @@ class DensePlan(AttentionPlan):
 def plan_sdpa(layout: SequenceLayout, device: torch.device, dtype: torch.dtype) -> AttentionPlan:
     """Views of the row where its samples allow it, else a padded batch."""
     groups = [(signature, len(list(group))) for signature, group in groupby(_signatures(layout))]
+    if not any(layout.visible_lengths):
+        # Nobody sees anything: one run of hidden tokens, whatever samples they are of.
+        groups = [(_Signature(layout.num_tokens, 0, 0, 1), 1)]
     if len(groups) <= MAX_RUNS:
         padding = layout.row_length - layout.num_tokens
         return RunsPlan(layout, tuple(_runs(groups, layout.mode, device, dtype)), padding)
@@ -174,8 +178,8 @@ def _parts(signature: _Signature, mode: str, device: torch.device, dtype: torch.
             order = torch.ones(shape, dtype=torch.bool, device=device).tril(before_last)
             yield _Part(before_last, visible, order, is_causal=False)
     elif mode == "full" and count > 1:
-        bias = torch.zeros(visible)
-        bias[-1] = torch.tensor(float(count)).log()
+        bias = torch.zeros(visible, dtype=torch.float64)
+        bias[-1] = math.log(count)
         yield _Part(0, visible, bias.to(device, dtype)[None, None, None], is_causal=False)
     else:
         yield _Part(0, visible, None, is_causal=mode != "full")
@@ -216,7 +220,7 @@ def _batch(
             ordered = ordered | table.before_last[gather][:, None, None, :]
         allowed = allowed & ordered
     mask = torch.zeros(allowed.shape).masked_fill(~allowed, float("-inf"))
-    bias = layout.key_bias(torch.device("cpu"))
+    bias = layout.key_bias(torch.device("cpu"), torch.float64)
     if bias is not None:
         mask = mask + bias[gather][:, None, None, :]
     return gather.flatten(), mask.to(dtype), torch.where(inside, gather, -1).flatten()

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from flextok.attention.engine import AttentionMask, attend
 from flextok.attention.reference import ScoreMod
 from flextok.model.init import InitStyle, MuPInit, init_linear
-from flextok.model.layers.fused import can_join, joined_linear
+from flextok.model.layers.fused import is_plain, joined_linear
 from flextok.model.layers.norm import plain_norm
 
 RopeForward = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor, Tensor]]
@@ -61,7 +61,7 @@ class FlexAttention(MuPInit):
     def _project(self, x: Tensor, context: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """q, k, v `[batch, tokens, heads, head_dim]`, q and k normed."""
         v = self.wv(context).unflatten(-1, (self.num_heads, -1))
-        if x is context and can_join(self.wq, self.wk) and _same_plain_norm(self.q_norm, self.k_norm):
+        if x is context and is_plain(self.wq, self.wk) and _same_plain_norm(self.q_norm, self.k_norm):
             heads = joined_linear(x, self.wq, self.wk).unflatten(-1, (2 * self.num_heads, -1))
             q, k = self.q_norm(heads).chunk(2, dim=-2)
             return q, k, v
@@ -76,14 +76,17 @@ class FlexAttention(MuPInit):
         score_mod: ScoreMod | None = None,
         block_mask: AttentionMask = None,
         rope_forward: RopeForward | None = None,
+        keep: Tensor | None = None,
     ) -> Tensor:
+        """`keep`, int64 `[kept]`: the queries whose output is wanted; None means all."""
         q, k, v = (heads.transpose(1, 2) for heads in self._project(x, context))
         if rope_forward is not None:
             q, k, v = rope_forward(q, k, v)
         # Under autocast the float32 norm leaves q and k in another dtype than v.
         q, k = q.to(v.dtype), k.to(v.dtype)
         out = attend(q, k, v, block_mask, scale=self.scale, score_mod=score_mod)
-        return self.proj_drop(self.proj(out.transpose(1, 2).flatten(2)))
+        out = out.transpose(1, 2).flatten(2)
+        return self.proj_drop(self.proj(out if keep is None else out.index_select(1, keep)))
 
 
 def _same_plain_norm(q_norm: nn.Module, k_norm: nn.Module) -> bool:
@@ -100,8 +103,9 @@ class FlexSelfAttention(FlexAttention):
         score_mod: ScoreMod | None = None,
         block_mask: AttentionMask = None,
         rope_forward: RopeForward | None = None,
+        keep: Tensor | None = None,
     ) -> Tensor:
-        return super().forward(x, x, score_mod, block_mask, rope_forward)
+        return super().forward(x, x, score_mod, block_mask, rope_forward, keep)
 
 
 class FlexCrossAttention(FlexAttention):

@@ -21,7 +21,8 @@ class DropPath(nn.Module):
             raise ValueError(f"drop_prob={drop_prob} is not in [0, 1)")
         self.drop_prob = drop_prob
 
-    def forward(self, x: Tensor, mask: AttentionMask = None) -> Tensor:
+    def forward(self, x: Tensor, mask: AttentionMask = None, keep: Tensor | None = None) -> Tensor:
+        """`keep`, int64: which tokens of the row x holds; None means all."""
         if self.drop_prob == 0.0 or not self.training:
             return x
         layout = mask.layout if isinstance(mask, AttentionPlan) else mask
@@ -29,8 +30,8 @@ class DropPath(nn.Module):
         factors = (torch.rand(num_samples, device=x.device) >= self.drop_prob).to(x.dtype) / (1.0 - self.drop_prob)
         if isinstance(layout, SequenceLayout):
             lengths = torch.tensor(layout.sample_lengths, device=x.device)
-            rows = factors.repeat_interleave(lengths)
-            return x * nn.functional.pad(rows, (0, x.shape[1] - rows.shape[0]))[None, :, None]
+            rows = nn.functional.pad(factors.repeat_interleave(lengths), (0, layout.row_length - layout.num_tokens))
+            return x * (rows if keep is None else rows.index_select(0, keep))[None, :, None]
         return x * factors.view(-1, *(1,) * (x.ndim - 1))
 
     def extra_repr(self) -> str:

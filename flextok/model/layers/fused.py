@@ -13,30 +13,79 @@ from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
 
-class _SwiGLU(Function):
+def _product(grad: Tensor, x: Tensor) -> Tensor:
+    """The gradient of a weight: of `grad` `[.., out]` and the input x `[.., in]`, `[out, in]`."""
+    return grad.flatten(0, -2).T @ x.flatten(0, -2)
+
+
+class _JoinedLinear(Function):
     @staticmethod
-    def forward(ctx: Any, both: Tensor) -> Tensor:
-        ctx.save_for_backward(both)
-        gate, value = both.chunk(2, dim=-1)
-        return F.silu(gate).mul_(value)
+    def forward(ctx: Any, x: Tensor, *weights: Tensor) -> Tensor:
+        ctx.save_for_backward(x, *weights)
+        return F.linear(x, torch.cat(weights))
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> Tensor:
-        (both,) = ctx.saved_tensors
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        x, *weights = ctx.saved_tensors
+        grad_x = grad @ torch.cat(weights) if ctx.needs_input_grad[0] else None
+        if not any(ctx.needs_input_grad[1:]):
+            return grad_x, *[None for _ in weights]
+        return grad_x, *_product(grad, x).split([weight.shape[0] for weight in weights])
+
+
+class _SwiGLU(Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, gate_weight: Tensor, value_weight: Tensor, out_weight: Tensor) -> Tensor:
+        both = F.linear(x, torch.cat([gate_weight, value_weight]))
+        ctx.save_for_backward(x, both, gate_weight, value_weight, out_weight)
         gate, value = both.chunk(2, dim=-1)
+        return F.linear(F.silu(gate).mul_(value), out_weight)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        x, both, gate_weight, value_weight, out_weight = ctx.saved_tensors
+        gate, value = both.chunk(2, dim=-1)
+        grad_hidden = grad @ out_weight
         grad_both = torch.empty_like(both)
         grad_gate, grad_value = grad_both.chunk(2, dim=-1)
-        torch.mul(grad, value, out=grad_gate)
+        torch.mul(grad_hidden, value, out=grad_gate)
         torch.ops.aten.silu_backward.grad_input(grad_gate, gate, grad_input=grad_gate)
-        torch.ops.aten.silu.out(gate, out=grad_value)
-        grad_value.mul_(grad)
-        return grad_both
+        silu = torch.ops.aten.silu.out(gate, out=grad_value)
+        grad_out_weight = _product(grad, silu * value) if ctx.needs_input_grad[3] else None
+        grad_value.mul_(grad_hidden)
+        grad_x = grad_both @ torch.cat([gate_weight, value_weight]) if ctx.needs_input_grad[0] else None
+        if not any(ctx.needs_input_grad[1:3]):
+            return grad_x, None, None, grad_out_weight
+        return grad_x, *_product(grad_both, x).chunk(2), grad_out_weight
 
 
-def swiglu(both: Tensor) -> Tensor:
-    """`silu(gate) * value` of `both` = `[..., gate | value]`; the backward pass computes silu again."""
-    return _SwiGLU.apply(both)
+def joined_linear(x: Tensor, *linears: nn.Module) -> Tensor:
+    """The outputs of several linear maps of x, side by side, in one product.
+
+    The weights are joined anew in each call: cheap beside the product, and right whatever has changed them.
+    """
+    dtype = compute_dtype(x)
+    return _JoinedLinear.apply(x.to(dtype), *[linear.weight.to(dtype) for linear in linears])
+
+
+def swiglu_mlp(x: Tensor, gate: nn.Module, value: nn.Module, out: nn.Module) -> Tensor:
+    """`out(silu(gate(x)) * value(x))` of three linear maps; the backward pass computes the hidden features again."""
+    dtype = compute_dtype(x)
+    return _SwiGLU.apply(x.to(dtype), *[linear.weight.to(dtype) for linear in (gate, value, out)])
+
+
+def is_plain(*linears: nn.Module) -> bool:
+    """Whether all are linear maps without a bias, not wrapped or replaced: their weights are all there is to them."""
+    return all(type(linear) is nn.Linear and linear.bias is None for linear in linears)
+
+
+def compute_dtype(x: Tensor) -> torch.dtype:
+    """The dtype of matrix products of x: its own, or autocast's."""
+    device = x.device.type
+    autocast = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+    return torch.get_autocast_dtype(device) if autocast else x.dtype
 
 
 def _sum_rows(per_token: Tensor, index: Tensor, num_rows: int) -> Tensor:
@@ -95,20 +144,3 @@ class _GatedAdd(Function):
 def gated_add(x: Tensor, gate: Tensor, branch: Tensor, index: Tensor) -> Tensor:
     """`x + gate[index] * branch`; x and branch `[1, tokens, width]`, gate `[rows, width]`, index int64 `[tokens]`."""
     return _GatedAdd.apply(x, gate, branch, index)
-
-
-def joined_linear(x: Tensor, *linears: nn.Linear) -> Tensor:
-    """The outputs of several linear maps of x side by side, in one product.
-
-    The weights are joined anew in each call: cheap beside the product, and right whatever has changed them.
-    """
-    weight = torch.cat([linear.weight for linear in linears])
-    biases: list[Tensor] = [linear.bias for linear in linears if linear.bias is not None]
-    return F.linear(x, weight, torch.cat(biases) if biases else None)
-
-
-def can_join(*linears: nn.Module) -> bool:
-    """Whether all are plain linear maps, not wrapped or replaced, and all or none has a bias."""
-    return (
-        all(type(linear) is nn.Linear for linear in linears) and len({linear.bias is None for linear in linears}) == 1
-    )

@@ -5,7 +5,7 @@ from collections.abc import Callable
 from torch import Tensor, nn
 
 from flextok.model.init import InitStyle, MuPInit, init_linear
-from flextok.model.layers.fused import can_join, joined_linear, swiglu
+from flextok.model.layers.fused import is_plain, swiglu_mlp
 
 
 class Mlp(MuPInit):
@@ -66,8 +66,6 @@ class GatedMlp(MuPInit):
             init_linear(linear, self.weight_init_style, mup=mup)
 
     def forward(self, x: Tensor) -> Tensor:
-        if isinstance(self.act, nn.SiLU) and can_join(self.fc1, self.fc3):
-            hidden = swiglu(joined_linear(x, self.fc1, self.fc3))
-        else:
-            hidden = self.act(self.fc1(x)) * self.fc3(x)
-        return self.drop(self.fc2(hidden))
+        if isinstance(self.act, nn.SiLU) and is_plain(self.fc1, self.fc2, self.fc3):
+            return self.drop(swiglu_mlp(x, self.fc1, self.fc3, self.fc2))
+        return self.drop(self.fc2(self.act(self.fc1(x)) * self.fc3(x)))

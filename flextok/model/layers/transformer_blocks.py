@@ -89,7 +89,10 @@ class _Block(MuPInit):
 
 
 class FlexBlock(_Block):
-    """Pre-norm self-attention and MLP."""
+    """Pre-norm self-attention and MLP.
+
+    With `keep`, int64 `[kept]`, only these tokens come out; the others serve as keys and values.
+    """
 
     def forward(
         self,
@@ -97,10 +100,12 @@ class FlexBlock(_Block):
         block_mask: AttentionMask = None,
         score_mod: ScoreMod | None = None,
         rope_forward: RopeForward | None = None,
+        keep: Tensor | None = None,
     ) -> Tensor:
-        attended = self.attn(self.norm1(x), score_mod=score_mod, block_mask=block_mask, rope_forward=rope_forward)
-        x = x + self.drop_path(attended, block_mask)
-        return x + self.drop_path(self.mlp(self.norm2(x)), block_mask)
+        attended = self.attn(self.norm1(x), score_mod, block_mask, rope_forward, keep)
+        x = x if keep is None else x.index_select(1, keep)
+        x = x + self.drop_path(attended, block_mask, keep)
+        return x + self.drop_path(self.mlp(self.norm2(x)), block_mask, keep)
 
 
 class FlexBlockAdaLN(_Block):
@@ -119,14 +124,17 @@ class FlexBlockAdaLN(_Block):
         block_mask: AttentionMask = None,
         score_mod: ScoreMod | None = None,
         rope_forward: RopeForward | None = None,
+        keep: Tensor | None = None,
     ) -> Tensor:
         rows, index = modulations(self.adaLN_modulation, adaLN_emb, adaLN_packing_fn, x.shape[1], self._num_modulations)
         gate_attn, gate_mlp, shift_attn, scale_attn, shift_mlp, scale_mlp = rows
         attn_in = modulated_norm(self.norm1, x, shift_attn, scale_attn, index)
-        attended = self.attn(attn_in, score_mod=score_mod, block_mask=block_mask, rope_forward=rope_forward)
-        x = gated_add(x, gate_attn, self.drop_path(attended, block_mask), index)
+        attended = self.attn(attn_in, score_mod, block_mask, rope_forward, keep)
+        if keep is not None:
+            x, index = x.index_select(1, keep), index.index_select(0, keep)
+        x = gated_add(x, gate_attn, self.drop_path(attended, block_mask, keep), index)
         mlp_out = self.mlp(modulated_norm(self.norm2, x, shift_mlp, scale_mlp, index))
-        return gated_add(x, gate_mlp, self.drop_path(mlp_out, block_mask), index)
+        return gated_add(x, gate_mlp, self.drop_path(mlp_out, block_mask, keep), index)
 
 
 class FlexDecoderBlock(_Block):

@@ -9,8 +9,10 @@ from torch.utils.checkpoint import checkpoint
 
 from flextok.attention.engine import AttentionPlan, AttentionRequest, BackendChoice, plan_attention
 from flextok.attention.layout import SequenceLayout
+from flextok.attention.reference import ScoreMod
 from flextok.model.data_dict import DataDict
 from flextok.model.init import InitStyle, MuPInit
+from flextok.model.layers.fused import compute_dtype
 from flextok.model.layers.norm import plain_norm
 from flextok.model.layers.transformer_blocks import (
     FlexBlock,
@@ -102,42 +104,52 @@ class _Trunk(MuPInit):
         for block in self.blocks:
             block._init_weights(mup=mup)  # type: ignore[operator]
 
-    def _run(self, data_dict: DataDict, input_keys: Sequence[str], optional_keys: dict[str, str | None]) -> DataDict:
+    def _run(
+        self,
+        data_dict: DataDict,
+        input_keys: Sequence[str],
+        optional_keys: dict[str, str | None],
+        keep: Tensor | None = None,
+    ) -> DataDict:
         """Run the blocks on the sequences under `input_keys`, the first of which they transform.
 
-        `optional_keys` maps an argument of the blocks to the key of its value, None where there is none.
+        `optional_keys` maps an argument of the blocks to the key of its value, None where there is none. `keep`, int64:
+        the tokens that have to come out; the last block leaves the others at zero.
         """
         modulation_keys = [self.adaLN_emb_read_key, self.adaLN_packing_fn_read_key]
         x, *inputs = (data_dict[key] for key in [*input_keys, *modulation_keys] if key is not None)
         optional = {name: data_dict[key] for name, key in optional_keys.items() if key is not None}
-        optional |= {
-            name: self._plan(value, x) for name, value in optional.items() if isinstance(value, SequenceLayout)
-        }
+        for name, value in list(optional.items()):
+            if isinstance(value, SequenceLayout):
+                score_mod = optional.pop(name.replace("block_mask", "score_mod"), None)
+                optional[name] = self._plan(value, x, score_mod)
         intermediate: list[Tensor] = []
+        length = x.shape[1]
         for index, block in enumerate(self.blocks):
+            if keep is not None and index == len(self.blocks) - 1:
+                optional["keep"] = keep
             if self.use_act_checkpoint and torch.is_grad_enabled():
                 x = checkpoint(block, x, *inputs, use_reentrant=False, **optional)
             else:
                 x = block(x, *inputs, **optional)
             if index in self.intermediate_layers:
                 intermediate.append(x)
+        if keep is not None:
+            x = x.new_zeros(1, length, x.shape[-1]).index_copy(1, keep, x)
         data_dict[self.output_seq_write_key] = x
         if self.intermediate_layer_write_key is not None:
             data_dict[self.intermediate_layer_write_key] = intermediate[0] if len(intermediate) == 1 else intermediate
         return data_dict
 
-    def _plan(self, layout: SequenceLayout, x: Tensor) -> AttentionPlan:
+    def _plan(self, layout: SequenceLayout, x: Tensor, score_mod: ScoreMod | None) -> AttentionPlan:
         """Prepare attention over the row x `[1, tokens, dim]` once for all blocks."""
-        if layout.last_counts is not None and (self.rope_forward_read_key or getattr(self, "score_mod_read_key", None)):
+        if layout.last_counts is not None and (self.rope_forward_read_key or score_mod is not None):
             raise ValueError(
                 "rope_forward and score_mod tell equal tokens apart, of which the packer left one; "
                 "set counts_repeats=False on the packer"
             )
-        device = x.device
-        autocast = torch.amp.is_autocast_available(device.type) and torch.is_autocast_enabled(device.type)
-        dtype = torch.get_autocast_dtype(device.type) if autocast else x.dtype
         needs_grad = torch.is_grad_enabled() and (x.requires_grad or any(p.requires_grad for p in self.parameters()))
-        request = AttentionRequest(layout, x.shape[1], x.shape[1], device, dtype, needs_grad)
+        request = AttentionRequest(layout, x.shape[1], x.shape[1], x.device, compute_dtype(x), needs_grad, score_mod)
         return plan_attention(request, self.attention_backend)
 
 
@@ -166,7 +178,12 @@ def compile_blocks(model: nn.Module, **options: Any) -> None:
 
 
 class FlexTransformer(_Trunk):
-    """Self-attention trunk over `[1, tokens, dim]`; `trunk_arguments` are those of `_Trunk`."""
+    """Self-attention trunk over `[1, tokens, dim]`; `trunk_arguments` are those of `_Trunk`.
+
+    `output_subsequences` (ours, not in published configs) lists the sub-sequences of the packed row whose outputs are
+    read: in the last block the others are keys and values only, and come out as zeros. None means all. It needs the
+    layout of the row under `block_mask_read_key`.
+    """
 
     _plain_block = FlexBlock
     _modulated_block = FlexBlockAdaLN
@@ -178,12 +195,21 @@ class FlexTransformer(_Trunk):
         *,
         block_mask_read_key: str | None = None,
         score_mod_read_key: str | None = None,
+        output_subsequences: Sequence[int] | None = None,
         **trunk_arguments: Any,
     ) -> None:
         super().__init__(output_seq_write_key=output_seq_write_key, **trunk_arguments)
         self.input_seq_read_key = input_seq_read_key
         self.block_mask_read_key = block_mask_read_key
         self.score_mod_read_key = score_mod_read_key
+        self.output_subsequences = output_subsequences
+
+    def _keep(self, data_dict: DataDict) -> Tensor | None:
+        layout = None if self.block_mask_read_key is None else data_dict[self.block_mask_read_key]
+        last_is_read = len(self.blocks) - 1 in self.intermediate_layers
+        if self.output_subsequences is None or last_is_read or not isinstance(layout, SequenceLayout):
+            return None
+        return layout.rows_of(self.output_subsequences, data_dict[self.input_seq_read_key].device)
 
     def forward(self, data_dict: DataDict) -> DataDict:
         optional = {
@@ -191,7 +217,7 @@ class FlexTransformer(_Trunk):
             "score_mod": self.score_mod_read_key,
             "rope_forward": self.rope_forward_read_key,
         }
-        return self._run(data_dict, [self.input_seq_read_key], optional)
+        return self._run(data_dict, [self.input_seq_read_key], optional, self._keep(data_dict))
 
 
 class FlexTransformerDecoder(_Trunk):

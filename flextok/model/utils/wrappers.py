@@ -12,7 +12,7 @@ from flextok.model.utils.keys import keys_of
 logger = logging.getLogger(__name__)
 
 # A trunk that is given one of these tells equal tokens at different positions apart.
-_POSITION_KEYS = ("rope_forward_read_key", "score_mod_read_key")
+_POSITION_KEYS = ("rope_forward_read_key", "score_mod_read_key", "sa_score_mod_read_key", "xa_score_mod_read_key")
 
 
 class SequentialModuleDictWrapper(nn.Module):
@@ -58,10 +58,10 @@ class SequentialModuleDictWrapper(nn.Module):
                 live.add(name)
                 needed = needed - writes | reads
         once, again = [], []
-        changing, touched, opaque = set(varying), set[str](), False
+        changing, touched, opaque = set(varying), set(varying), False
         for name, (reads, writes) in keys.items():
             opaque = opaque or not reads | writes
-            # A key that a changing module has read or written before must not be set ahead of it.
+            # A key that varies, or that a changing module has read or written before, must not be set ahead of it.
             if opaque or reads & changing or writes & touched:
                 changing |= writes
                 touched |= reads | writes
