@@ -67,7 +67,7 @@ def _official(node: Any) -> Any:
     official = {key: _official(child) for key, child in node.items()}
     for field in _OUR_FIELDS.get(node.get("_target_", ""), ()):
         official.pop(field, None)
-    pads = official.get("pad_to_multiple") is not None or official.get("max_seq_len") is not None
+    pads = (official.get("pad_to_multiple") or 1) % 128 == 0 or official.get("max_seq_len") is not None
     if node.get("_target_") in _PACKERS and not pads:
         # The published attention wants a multiple of 128 whatever the mask; ours does not mind.
         official["pad_to_multiple"] = 128

@@ -23,47 +23,33 @@ NUM_BATCHES = 4
 """Samples of different lengths are sorted into so many batches, each padded to its longest."""
 
 
-class _Part(NamedTuple):
-    """The queries `[start, stop)` of every sample of a run attend to its keys `[0, stop)`."""
-
-    start: int
-    stop: int
-    mask: Tensor | None
-    """Broadcastable to `[samples, heads, stop - start, stop]`; bool, or what is added to the scores."""
-    is_causal: bool
-
-
 class _Run(NamedTuple):
     """Neighbours in the row with equal lengths: tokens `[first, first + samples * length)`."""
 
     first: int
     samples: int
     length: int
-    parts: tuple[_Part, ...]
+    visible: int
+    """So many tokens of each sample take part; the others give zeros."""
+    mask: Tensor | None
+    """Added to the scores, broadcastable to `[samples, heads, visible, visible]`."""
+    is_causal: bool
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
-        """q, k, v and the result `[row, heads, head_dim]`; hidden tokens at the end of each sample give zeros."""
+        """q, k, v and the result `[row, heads, head_dim]`."""
         num_tokens = self.samples * self.length
         q, k, v = (
             _narrow(x, 0, self.first, num_tokens).unflatten(0, (self.samples, self.length)).transpose(1, 2)
             for x in (q, k, v)
         )
-        outputs = [
-            F.scaled_dot_product_attention(
-                _narrow(q, 2, part.start, part.stop - part.start),
-                _narrow(k, 2, 0, part.stop),
-                _narrow(v, 2, 0, part.stop),
-                attn_mask=part.mask,
-                is_causal=part.is_causal,
-                scale=scale,
-            ).transpose(1, 2)
-            for part in self.parts
-        ]
-        visible = self.parts[-1].stop if self.parts else 0
-        if visible < self.length or not outputs:
+        if self.visible == 0:
             # Not a constant: all three must get a gradient, and be it zero.
-            outputs.append(0.0 * (q + k + v)[:, :, visible:].transpose(1, 2))
-        return (outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=1)).flatten(0, 1)
+            return (0.0 * (q + k + v)).transpose(1, 2).flatten(0, 1)
+        q, k, v = (_narrow(x, 2, 0, self.visible) for x in (q, k, v))
+        out = F.scaled_dot_product_attention(q, k, v, attn_mask=self.mask, is_causal=self.is_causal, scale=scale)
+        if self.visible < self.length:
+            out = F.pad(out, (0, 0, 0, self.length - self.visible))
+        return out.transpose(1, 2).flatten(0, 1)
 
 
 def _narrow(x: Tensor, dim: int, start: int, length: int) -> Tensor:
@@ -162,27 +148,25 @@ def _signatures(layout: SequenceLayout) -> Iterator[_Signature]:
 def _runs(groups: list[tuple[_Signature, int]], mode: str, device: torch.device, dtype: torch.dtype) -> Iterator[_Run]:
     first = 0
     for signature, samples in groups:
-        yield _Run(first, samples, signature.length, tuple(_parts(signature, mode, device, dtype)))
+        mask = _order(signature, device, dtype) if mode == "causal_last" else _bias(signature, device, dtype)
+        yield _Run(first, samples, signature.length, signature.visible, mask, is_causal=mode == "causal")
         first += samples * signature.length
 
 
-def _parts(signature: _Signature, mode: str, device: torch.device, dtype: torch.dtype) -> Iterator[_Part]:
-    _, before_last, visible, count = signature
-    if visible == 0:
-        return
-    if mode == "causal_last" and before_last:
-        # Two dense calls: everything before the last sub-sequence over itself, then the last one over all.
-        yield _Part(0, before_last, None, is_causal=False)
-        if visible > before_last:
-            shape = (visible - before_last, visible)
-            order = torch.ones(shape, dtype=torch.bool, device=device).tril(before_last)
-            yield _Part(before_last, visible, order, is_causal=False)
-    elif mode == "full" and count > 1:
-        bias = torch.zeros(visible, dtype=torch.float64)
-        bias[-1] = math.log(count)
-        yield _Part(0, visible, bias.to(device, dtype)[None, None, None], is_causal=False)
-    else:
-        yield _Part(0, visible, None, is_causal=mode != "full")
+def _order(signature: _Signature, device: torch.device, dtype: torch.dtype) -> Tensor:
+    """`[visible, visible]` for `causal_last`: one call with it beats two calls without on a CPU."""
+    hidden = torch.ones(signature.visible, signature.visible, dtype=torch.bool).triu(1)
+    hidden[:, : signature.before_last] = False
+    return torch.zeros(hidden.shape).masked_fill(hidden, float("-inf")).to(device, dtype)
+
+
+def _bias(signature: _Signature, device: torch.device, dtype: torch.dtype) -> Tensor | None:
+    """`[1, visible]`: log(count) for the last key; None if it counts once."""
+    if signature.last_count == 1:
+        return None
+    bias = torch.zeros(1, signature.visible, dtype=torch.float64)
+    bias[:, -1] = math.log(signature.last_count)
+    return bias.to(device, dtype)
 
 
 def _padded_plan(layout: SequenceLayout, device: torch.device, dtype: torch.dtype) -> PaddedPlan:

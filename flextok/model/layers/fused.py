@@ -77,8 +77,13 @@ def swiglu_mlp(x: Tensor, gate: nn.Module, value: nn.Module, out: nn.Module) -> 
 
 
 def is_plain(*linears: nn.Module) -> bool:
-    """Whether all are linear maps without a bias, not wrapped or replaced: their weights are all there is to them."""
-    return all(type(linear) is nn.Linear and linear.bias is None for linear in linears)
+    """Whether all are linear maps without a bias, not wrapped, replaced or hooked: their weights are all of them."""
+    return all(
+        type(linear) is nn.Linear
+        and linear.bias is None
+        and not (linear._forward_hooks or linear._forward_pre_hooks or linear._backward_hooks)
+        for linear in linears
+    )
 
 
 def compute_dtype(x: Tensor) -> torch.dtype:
