@@ -7,7 +7,6 @@ from torch import Tensor, nn
 from flextok.attention.engine import AttentionMask, attend
 from flextok.attention.reference import ScoreMod
 from flextok.model.init import InitStyle, MuPInit, init_linear
-from flextok.model.layers.fused import is_plain, joined_linear
 from flextok.model.layers.norm import plain_norm
 
 RopeForward = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor, Tensor]]
@@ -58,17 +57,6 @@ class FlexAttention(MuPInit):
         if self.zero_init_query_proj:
             init_linear(self.wq, "zero")
 
-    def _project(self, x: Tensor, context: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """q, k, v `[batch, tokens, heads, head_dim]`, q and k normed."""
-        v = self.wv(context).unflatten(-1, (self.num_heads, -1))
-        if x is context and is_plain(self.wq, self.wk) and _same_plain_norm(self.q_norm, self.k_norm):
-            heads = joined_linear(x, self.wq, self.wk).unflatten(-1, (2 * self.num_heads, -1))
-            q, k = self.q_norm(heads).chunk(2, dim=-2)
-            return q, k, v
-        q = self.q_norm(self.wq(x).unflatten(-1, (self.num_heads, -1)))
-        k = self.k_norm(self.wk(context).unflatten(-1, (self.num_heads, -1)))
-        return q, k, v
-
     def forward(
         self,
         x: Tensor,
@@ -79,7 +67,11 @@ class FlexAttention(MuPInit):
         keep: Tensor | None = None,
     ) -> Tensor:
         """`keep`, int64 `[kept]`: the queries whose output is wanted; None means all."""
-        q, k, v = (heads.transpose(1, 2) for heads in self._project(x, context))
+        q, k, v = (
+            linear(tokens).unflatten(-1, (self.num_heads, -1))
+            for linear, tokens in ((self.wq, x), (self.wk, context), (self.wv, context))
+        )
+        q, k, v = self.q_norm(q).transpose(1, 2), self.k_norm(k).transpose(1, 2), v.transpose(1, 2)
         if rope_forward is not None:
             q, k, v = rope_forward(q, k, v)
         # Under autocast the float32 norm leaves q and k in another dtype than v.
@@ -87,11 +79,6 @@ class FlexAttention(MuPInit):
         out = attend(q, k, v, block_mask, scale=self.scale, score_mod=score_mod)
         out = out.transpose(1, 2).flatten(2)
         return self.proj_drop(self.proj(out if keep is None else out.index_select(1, keep)))
-
-
-def _same_plain_norm(q_norm: nn.Module, k_norm: nn.Module) -> bool:
-    """Whether one call over the heads of both does what the two do."""
-    return type(q_norm) is type(k_norm) and not [*q_norm.parameters(), *k_norm.parameters()]
 
 
 class FlexSelfAttention(FlexAttention):

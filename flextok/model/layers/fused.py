@@ -18,56 +18,29 @@ def _product(grad: Tensor, x: Tensor) -> Tensor:
     return grad.flatten(0, -2).T @ x.flatten(0, -2)
 
 
-class _JoinedLinear(Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, *weights: Tensor) -> Tensor:
-        ctx.save_for_backward(x, *weights)
-        return F.linear(x, torch.cat(weights))
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        x, *weights = ctx.saved_tensors
-        grad_x = grad @ torch.cat(weights) if ctx.needs_input_grad[0] else None
-        if not any(ctx.needs_input_grad[1:]):
-            return grad_x, *[None for _ in weights]
-        return grad_x, *_product(grad, x).split([weight.shape[0] for weight in weights])
-
-
 class _SwiGLU(Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, gate_weight: Tensor, value_weight: Tensor, out_weight: Tensor) -> Tensor:
-        both = F.linear(x, torch.cat([gate_weight, value_weight]))
-        ctx.save_for_backward(x, both, gate_weight, value_weight, out_weight)
-        gate, value = both.chunk(2, dim=-1)
+        gate, value = F.linear(x, gate_weight), F.linear(x, value_weight)
+        ctx.save_for_backward(x, gate, value, gate_weight, value_weight, out_weight)
         return F.linear(F.silu(gate).mul_(value), out_weight)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        x, both, gate_weight, value_weight, out_weight = ctx.saved_tensors
-        gate, value = both.chunk(2, dim=-1)
-        grad_hidden = grad @ out_weight
-        grad_both = torch.empty_like(both)
-        grad_gate, grad_value = grad_both.chunk(2, dim=-1)
-        torch.mul(grad_hidden, value, out=grad_gate)
-        torch.ops.aten.silu_backward.grad_input(grad_gate, gate, grad_input=grad_gate)
-        silu = torch.ops.aten.silu.out(gate, out=grad_value)
-        grad_out_weight = _product(grad, silu * value) if ctx.needs_input_grad[3] else None
-        grad_value.mul_(grad_hidden)
-        grad_x = grad_both @ torch.cat([gate_weight, value_weight]) if ctx.needs_input_grad[0] else None
-        if not any(ctx.needs_input_grad[1:3]):
-            return grad_x, None, None, grad_out_weight
-        return grad_x, *_product(grad_both, x).chunk(2), grad_out_weight
-
-
-def joined_linear(x: Tensor, *linears: nn.Module) -> Tensor:
-    """The outputs of several linear maps of x, side by side, in one product.
-
-    The weights are joined anew in each call: cheap beside the product, and right whatever has changed them.
-    """
-    dtype = compute_dtype(x)
-    return _JoinedLinear.apply(x.to(dtype), *[linear.weight.to(dtype) for linear in linears])
+        x, gate, value, gate_weight, value_weight, out_weight = ctx.saved_tensors
+        needs_x, needs_gate, needs_value, needs_out = ctx.needs_input_grad
+        grad_hidden, silu = grad @ out_weight, F.silu(gate)
+        grad_gate = torch.ops.aten.silu_backward(grad_hidden * value, gate)
+        grad_out = _product(grad, silu * value) if needs_out else None
+        grad_value = grad_hidden.mul_(silu)
+        grad_x = (grad_gate @ gate_weight).add_(grad_value @ value_weight) if needs_x else None
+        return (
+            grad_x,
+            _product(grad_gate, x) if needs_gate else None,
+            _product(grad_value, x) if needs_value else None,
+            grad_out,
+        )
 
 
 def swiglu_mlp(x: Tensor, gate: nn.Module, value: nn.Module, out: nn.Module) -> Tensor:
