@@ -10,9 +10,11 @@ import torch
 from hypothesis import settings
 from jaxtyping import install_import_hook
 
-# Before anything imports these packages: a loaded module stays unchecked. `attention.masks` is left
-# out: FlexAttention counts the arguments of a mask function, and a checked function no longer shows them.
-ATTENTION_MODULES = ("backends", "block_masks", "engine", "layout", "plan", "reference", "sparse", "visualize")
+# Before anything imports these packages: a loaded module stays unchecked. `attention.masks` and
+# `attention.backends.flex` are left out: FlexAttention counts the arguments of mask and score functions, and traces
+# them; a checked function no longer shows the former and does not survive the latter.
+BACKENDS = ("backends.dense", "backends.sdpa", "backends.varlen")
+ATTENTION_MODULES = (*BACKENDS, "block_masks", "engine", "layout", "plan", "reference", "sparse", "visualize")
 install_import_hook(
     [
         *(f"flextok.attention.{name}" for name in ATTENTION_MODULES),

@@ -6,7 +6,9 @@ import subprocess
 import sys
 from ast import literal_eval
 from collections.abc import Iterator
-from functools import lru_cache
+from contextlib import contextmanager
+from copy import deepcopy
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -99,6 +101,7 @@ def assert_close(actual: Any, expected: Tensor, tol: float = 1e-4, what: str = "
 
 def max_difference(left: Tensor, right: Tensor) -> float:
     assert left.shape == right.shape, f"shapes {list(left.shape)} and {list(right.shape)}"
+    left, right = left.detach(), right.detach()
     return float((left.double() - right.double()).abs().max()) if left.numel() else 0.0
 
 
@@ -147,3 +150,57 @@ def tiny_decoder(*, mask_mode: str = "full", drop_masked: bool = False) -> nn.Mo
     if drop_masked:  # files written before this setting existed lack it
         packer["drop_masked"] = True
     return randomize(instantiate(config)).eval()
+
+
+FORMS = ("mask_token", "attention_mask", "packed")
+
+
+def small_tokenizer(form: str, *overrides: str) -> Any:
+    """A FlexTok on latents `[1, 3, h, w]` up to 8x8, one patch each, 16 registers, 1 + 2 layers, random weights.
+
+    `form` is a choice of the config group `dropout`. Given `vae_latents`, it leaves images alone.
+    """
+    return deepcopy(_built_tokenizer(form, overrides))
+
+
+@lru_cache
+def _built_tokenizer(form: str, overrides: tuple[str, ...]) -> nn.Module:
+    from hydra.utils import instantiate
+
+    from flextok.config import compose
+
+    sizes = {"encoder_depth": 1, "decoder_depth": 2, "encoder_width": 32, "decoder_width": 32, "head_dim": 16}
+    sizes |= {"registers": 16, "patch": 1, "intermediate_layer": 0}
+    given = [f"size.{name}={value}" for name, value in sizes.items()]
+    config = compose(["data=digits", "+model.vae.force_vae_encode=false", f"dropout={form}", *given, *overrides])
+    return randomize(instantiate(config.model, _convert_="all"))
+
+
+@contextmanager
+def tokens_processed(model: nn.Module) -> Iterator[dict[str, list[int]]]:
+    """Yield the row lengths that the blocks of each trunk inside `model` get, one entry per pass of the trunk.
+
+    All blocks of a pass must agree. Trunks are named by the last part of their module's name.
+    """
+    from flextok.model.trunks.transformers import FlexTransformer
+
+    lengths: dict[str, list[int]] = {}
+    handles = []
+    for name, trunk in model.named_modules():
+        if isinstance(trunk, FlexTransformer):
+            seen = lengths.setdefault(name.rpartition(".")[2], [])
+            handles += [
+                block.register_forward_pre_hook(partial(_note_length, seen, index == 0))
+                for index, block in enumerate(trunk.blocks)
+            ]
+    try:
+        yield lengths
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _note_length(seen: list[int], is_first: bool, block: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+    if is_first:
+        seen.append(inputs[0].shape[1])
+    assert seen[-1] == inputs[0].shape[1]

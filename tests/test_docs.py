@@ -82,7 +82,7 @@ def prepared(tmp_path_factory):
 
 def run_train(arguments, caplog):
     """Not trained: composed, checked, and its modules run over shapes alone."""
-    from flextok.cli.describe import _from_full_config
+    from flextok.cli.model_config import from_full_config
     from flextok.cli.module_table import trace_modules
 
     if {"--help", "--cfg"} & set(arguments):
@@ -91,7 +91,7 @@ def run_train(arguments, caplog):
         return
     config = compose([word.split(",")[0] if "-m" in arguments else word for word in arguments if word != "-m"])
     check_config(config)
-    trace_modules(*_from_full_config(config))
+    trace_modules(*from_full_config(config))
     assert not caplog.records, [record.getMessage() for record in caplog.records]
 
 
@@ -112,6 +112,15 @@ def run_flextok(arguments, caplog):
     assert main(arguments) == 0
 
 
+def run_benchmark(arguments, caplog):
+    """Not measured: the command exists and knows its options."""
+    name, *options = arguments
+    command = [sys.executable, "-m", name, "--help"]
+    done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, timeout=60, text=True)
+    assert done.returncode == 0, done.stderr
+    assert all(option in done.stdout for option in options if option.startswith("--"))
+
+
 def run_make(arguments, caplog):
     makefile = (REPOSITORY / "Makefile").read_text()
     for word in arguments:
@@ -123,6 +132,7 @@ COMMANDS = {
     ("python", "train.py"): run_train,
     ("python", "eval.py"): run_eval,
     ("python", "-m", "flextok"): run_flextok,
+    ("python", "-m"): run_benchmark,
     ("make",): run_make,
 }
 

@@ -71,7 +71,7 @@ class MinRFNoiseModule(nn.Module):
         clean = clean if isinstance(clean, PackedList) else list(clean)
         noise = self._noise(clean, data_dict)
         device = clean[0].device
-        times = self._draw_times(len(clean), data_dict.get(RNG_KEY)).to(device)
+        times = self._draw_times(len(clean), data_dict.get(RNG_KEY)).to(device, non_blocking=True)
         if isinstance(clean, PackedList) and isinstance(noise, PackedList):
             data_dict[self.noised_images_write_key] = PackedList(interpolate(clean.tensor, noise.tensor, times))
         else:

@@ -24,13 +24,13 @@ def _draw(
     if not isinstance(generator, torch.Generator) and len(generator) == 1 == shape[0]:
         generator = generator[0]
     if isinstance(generator, torch.Generator):
-        return fn(tuple(shape), generator=generator, device=generator.device, dtype=dtype).to(device)
+        return fn(tuple(shape), generator=generator, device=generator.device, dtype=dtype).to(device, non_blocking=True)
     if len(generator) != shape[0]:
         raise ValueError(
             f"rng holds {len(generator)} generators for a batch of {shape[0]}; give one, or one per sample"
         )
     rows = [fn((1, *shape[1:]), generator=g, device=g.device, dtype=dtype) for g in generator]
-    return torch.cat(rows).to(device)
+    return torch.cat(rows).to(device, non_blocking=True)
 
 
 def draw_normal(

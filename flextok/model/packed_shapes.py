@@ -47,9 +47,8 @@ class PackedShapes(list[list[Sequence[int]]]):
     def __init__(self, shapes: Iterable[Iterable[Sequence[int]]]) -> None:
         super().__init__(list(sample) for sample in shapes)
         self.lengths = [[prod(shape) for shape in sample] for sample in self]
-        self.is_plain = all(sample == self[0] for sample in self) and not any(
-            isinstance(shape, CutShape) for sample in self for shape in sample
-        )
+        self.is_cut = any(isinstance(shape, CutShape) for sample in self for shape in sample)
+        self.is_plain = not self.is_cut and all(sample == self[0] for sample in self)
         self._restored: dict[tuple[int, torch.device], _Restored] = {}
 
     def __eq__(self, other: object) -> bool:

@@ -33,6 +33,7 @@ def report(tmp_path):
         weights="as exported",
         device=torch.device("cpu"),
         dtype=torch.float32,
+        attention_backends=["sdpa"],
     )
     return write_report(sweep, protocol, tmp_path / "evaluation"), tmp_path / "evaluation"
 

@@ -1,7 +1,7 @@
 """Scaled dot product attention of torch: runs and is differentiable on every device.
 
 A packed row is run sample by sample in one batch, so that no matrix over the whole row exists: samples of equal length
-are views of the row, others are gathered into batches of similar length and padded.
+are views of the row, others are gathered and padded.
 """
 
 import math
@@ -17,85 +17,86 @@ from torch import Tensor
 from flextok.attention.layout import SequenceLayout
 from flextok.attention.plan import AttentionPlan
 
-MAX_RUNS = 4
-"""Up to so many groups of equal neighbours get a call each, for instance the two branches of guidance."""
-NUM_BATCHES = 4
-"""Samples of different lengths are sorted into so many batches, each padded to its longest."""
+MAX_RUNS = 2
+"""Up to so many groups of equal neighbours get a call each: a uniform batch, or the two branches of guidance."""
 
 
 class _Run(NamedTuple):
-    """Neighbours in the row with equal lengths: tokens `[first, first + samples * length)`."""
+    """Neighbours in the row with equal lengths.
 
-    first: int
-    samples: int
-    length: int
-    visible: int
-    """So many tokens of each sample take part; the others give zeros."""
+    Sizes are the shapes of tensors, not integers: a compiled block would be compiled anew for other integers.
+    """
+
+    tokens: Tensor
+    """`[samples, length]`, without content: the tokens of the run."""
+    visible: Tensor
+    """`[visible]`, without content: so many tokens of each sample take part; the others give zeros."""
     mask: Tensor | None
     """Added to the scores, broadcastable to `[samples, heads, visible, visible]`."""
     is_causal: bool
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
-        """q, k, v and the result `[row, heads, head_dim]`."""
-        num_tokens = self.samples * self.length
-        q, k, v = (
-            _narrow(x, 0, self.first, num_tokens).unflatten(0, (self.samples, self.length)).transpose(1, 2)
-            for x in (q, k, v)
-        )
-        if self.visible == 0:
+        """q, k, v and the result `[samples * length, heads, head_dim]`."""
+        length, visible = self.tokens.shape[1], self.visible.shape[0]
+        q, k, v = (x.unflatten(0, self.tokens.shape).transpose(1, 2) for x in (q, k, v))
+        if visible == 0:
             # Not a constant: all three must get a gradient, and be it zero.
             return (0.0 * (q + k + v)).transpose(1, 2).flatten(0, 1)
-        q, k, v = (_narrow(x, 2, 0, self.visible) for x in (q, k, v))
+        q, k, v = (_first(x, 2, visible) for x in (q, k, v))
         out = F.scaled_dot_product_attention(q, k, v, attn_mask=self.mask, is_causal=self.is_causal, scale=scale)
-        if self.visible < self.length:
-            out = F.pad(out, (0, 0, 0, self.length - self.visible))
+        if visible < length:
+            out = F.pad(out, (0, 0, 0, length - visible))
         return out.transpose(1, 2).flatten(0, 1)
 
 
-def _narrow(x: Tensor, dim: int, start: int, length: int) -> Tensor:
-    """`x.narrow`, but x itself where that is all of it: the gradient of a view is a copy into zeros."""
-    return x if length == x.shape[dim] else x.narrow(dim, start, length)
+def _first(x: Tensor, dim: int, length: int) -> Tensor:
+    """The first `length` of x, x itself where that is all of it: the gradient of a view is a copy into zeros."""
+    return x if length == x.shape[dim] else x.narrow(dim, 0, length)
 
 
 @dataclass(frozen=True)
 class RunsPlan(AttentionPlan):
-    """One batch without copies for each of a few runs."""
+    """One batch without copies for each of a few runs; what follows them in the row is padding."""
 
     runs: tuple[_Run, ...]
-    padding: int
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
-        q, k, v = (x.squeeze(0).transpose(0, 1) for x in (q, k, v))
-        outputs = [run.attend(q, k, v, scale) for run in self.runs]
-        tokens = outputs[0] if len(outputs) == 1 else torch.cat(outputs)
-        if self.padding:
-            tokens = F.pad(tokens, (0, 0, 0, 0, 0, self.padding))
+        row, sizes = q.shape[2], [run.tokens.numel() for run in self.runs]
+        q, k, v = (_first(x.squeeze(0).transpose(0, 1), 0, sum(sizes)) for x in (q, k, v))
+        if len(self.runs) == 1:
+            tokens = self.runs[0].attend(q, k, v, scale)
+        else:
+            parts = zip(self.runs, q.split(sizes), k.split(sizes), v.split(sizes), strict=True)
+            tokens = torch.cat([run.attend(q, k, v, scale) for run, q, k, v in parts])
+        if row > sum(sizes):
+            tokens = F.pad(tokens, (0, 0, 0, 0, 0, row - sum(sizes)))
         return tokens[None].transpose(1, 2)
 
 
 @dataclass(frozen=True)
 class PaddedPlan(AttentionPlan):
-    """The visible tokens in a few padded batches of similar length, gathered from the row and put back."""
+    """The visible tokens as one batch padded to the longest sample, gathered from the row and put back.
+
+    Several batches of similar lengths would compute less, but were not faster on a CPU: each needs its own calls.
+    """
 
     gather: Tensor
-    """int64 `[places]`: where the tokens of all batches lie in the row; past the end of a sample, any."""
-    masks: tuple[Tensor, ...]
-    """For each batch what is added to its scores, `[samples, 1, 1 | longest, longest]`."""
+    """int64 `[samples, longest]`: places in the row; past the end of a sample, any."""
+    mask: Tensor
+    """Added to the scores, `[samples, 1, 1 | longest, longest]`."""
     places: Tensor
-    """int64 `[visible tokens]`: where each is among the places."""
+    """int64 `[visible tokens]`: where each is in the flattened batch."""
     rows: Tensor | None
-    """int64 `[visible tokens]`: where each is in the row; None if they are the whole row in order."""
+    """int64 `[visible tokens]`: where each is in the row; None if they are the whole row."""
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
-        row, sizes = q.shape[2], [(mask.shape[0], mask.shape[-1]) for mask in self.masks]
-        q, k, v = (x.squeeze(0).transpose(0, 1).index_select(0, self.gather) for x in (q, k, v))
-        batches = zip(*(x.split([n * longest for n, longest in sizes]) for x in (q, k, v)), strict=True)
-        outputs = []
-        for batch, mask, size in zip(batches, self.masks, sizes, strict=True):
-            q, k, v = (x.unflatten(0, size).transpose(1, 2) for x in batch)
-            out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale)
-            outputs.append(out.transpose(1, 2).flatten(0, 1))
-        tokens = torch.cat(outputs).index_select(0, self.places)
+        row, index = q.shape[2], self.gather.flatten()
+        q, k, v = (
+            x.squeeze(0).transpose(0, 1).index_select(0, index).unflatten(0, self.gather.shape).transpose(1, 2)
+            for x in (q, k, v)
+        )
+        out = F.scaled_dot_product_attention(q, k, v, attn_mask=self.mask, scale=scale)
+        tokens = out.transpose(1, 2).flatten(0, 1).index_select(0, self.places)
         if self.rows is not None:
             tokens = tokens.new_zeros(row, *tokens.shape[1:]).index_copy(0, self.rows, tokens)
         return tokens[None].transpose(1, 2)
@@ -123,8 +124,7 @@ def plan_sdpa(layout: SequenceLayout, device: torch.device, dtype: torch.dtype) 
         # Nobody sees anything: one run of hidden tokens, whatever samples they are of.
         groups = [(_Signature(layout.num_tokens, 0, 0, 1), 1)]
     if len(groups) <= MAX_RUNS:
-        padding = layout.row_length - layout.num_tokens
-        return RunsPlan(layout, tuple(_runs(groups, layout.mode, device, dtype)), padding)
+        return RunsPlan(layout, tuple(_runs(groups, layout.mode, device, dtype)))
     return _padded_plan(layout, device, dtype)
 
 
@@ -146,11 +146,16 @@ def _signatures(layout: SequenceLayout) -> Iterator[_Signature]:
 
 
 def _runs(groups: list[tuple[_Signature, int]], mode: str, device: torch.device, dtype: torch.dtype) -> Iterator[_Run]:
-    first = 0
     for signature, samples in groups:
-        mask = _order(signature, device, dtype) if mode == "causal_last" else _bias(signature, device, dtype)
-        yield _Run(first, samples, signature.length, signature.visible, mask, is_causal=mode == "causal")
-        first += samples * signature.length
+        if mode == "causal_last":
+            mask: Tensor | None = _order(signature, device, dtype)
+        else:
+            # Where one of two runs has a bias both get one: fewer kinds of plans to compile a block for.
+            has_bias = any(signature.last_count > 1 for signature, _ in groups)
+            mask = _bias(signature, device, dtype) if has_bias else None
+        tokens = torch.empty(samples, signature.length, dtype=torch.bool, device=device)
+        visible = torch.empty(signature.visible, dtype=torch.bool, device=device)
+        yield _Run(tokens, visible, mask, is_causal=mode == "causal")
 
 
 def _order(signature: _Signature, device: torch.device, dtype: torch.dtype) -> Tensor:
@@ -160,39 +165,18 @@ def _order(signature: _Signature, device: torch.device, dtype: torch.dtype) -> T
     return torch.zeros(hidden.shape).masked_fill(hidden, float("-inf")).to(device, dtype)
 
 
-def _bias(signature: _Signature, device: torch.device, dtype: torch.dtype) -> Tensor | None:
-    """`[1, visible]`: log(count) for the last key; None if it counts once."""
-    if signature.last_count == 1:
-        return None
+def _bias(signature: _Signature, device: torch.device, dtype: torch.dtype) -> Tensor:
+    """`[1, visible]`: log(count) for the last key."""
     bias = torch.zeros(1, signature.visible, dtype=torch.float64)
-    bias[:, -1] = math.log(signature.last_count)
+    bias[:, -1:] = math.log(signature.last_count)
     return bias.to(device, dtype)
 
 
-def _padded_plan(layout: SequenceLayout, device: torch.device, dtype: torch.dtype) -> PaddedPlan:
+def _padded_plan(layout: SequenceLayout, device: torch.device, dtype: torch.dtype) -> AttentionPlan:
     lengths, visible = torch.tensor(layout.sample_lengths), torch.tensor(layout.visible_lengths)
     starts = lengths.cumsum(0) - lengths
-    # Samples that see nothing are in no batch: their softmax would be undefined.
-    by_length = visible.argsort(stable=True)[int((visible == 0).sum()) :]
-    groups = by_length.tensor_split(min(NUM_BATCHES, len(by_length)))
-    gathers, masks, rows = zip(*[_batch(layout, starts[g], visible[g], dtype) for g in groups], strict=True)
-    # Where each place of the batches lies in the row, -1 for padding.
-    in_row = torch.cat(rows)
-    order = in_row.argsort(stable=True)[int((in_row < 0).sum()) :]
-    whole = len(order) == layout.row_length
-    return PaddedPlan(
-        layout,
-        torch.cat(gathers).to(device, non_blocking=True),
-        tuple(mask.to(device, non_blocking=True) for mask in masks),
-        order.to(device, non_blocking=True),
-        None if whole else in_row[order].to(device, non_blocking=True),
-    )
-
-
-def _batch(
-    layout: SequenceLayout, starts: Tensor, visible: Tensor, dtype: torch.dtype
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Of one padded batch, on the CPU: its gather, its mask, and the gather with -1 for padding."""
+    # Samples that see nothing are no part of the batch: their softmax would be undefined.
+    starts, visible = starts[visible > 0], visible[visible > 0]
     place = torch.arange(int(visible.max()))
     inside = place < visible[:, None]
     gather = torch.where(inside, starts[:, None] + place, starts[:, None])
@@ -203,8 +187,15 @@ def _batch(
             table = layout.table(torch.device("cpu"))
             ordered = ordered | table.before_last[gather][:, None, None, :]
         allowed = allowed & ordered
-    mask = torch.zeros(allowed.shape).masked_fill(~allowed, float("-inf"))
+    mask = torch.zeros(allowed.shape, dtype=torch.float64).masked_fill(~allowed, float("-inf"))
     bias = layout.key_bias(torch.device("cpu"), torch.float64)
     if bias is not None:
         mask = mask + bias[gather][:, None, None, :]
-    return gather.flatten(), mask.to(dtype), torch.where(inside, gather, -1).flatten()
+    whole = int(visible.sum()) == layout.row_length
+    return PaddedPlan(
+        layout,
+        gather.to(device, non_blocking=True),
+        mask.to(device, dtype),
+        inside.flatten().nonzero()[:, 0].to(device, non_blocking=True),
+        None if whole else gather[inside].to(device, non_blocking=True),
+    )

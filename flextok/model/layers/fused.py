@@ -1,7 +1,7 @@
 """Elementwise expressions that keep less for the backward pass than torch would: inputs, and no intermediate results.
 
 Each is one `autograd.Function` of plain tensor operations, so that it runs everywhere, and a compiler may fuse it. They
-write into their own temporaries: on a CPU fresh memory costs as much as the arithmetic.
+write into their own temporaries wherever they can: on a CPU a fresh result costs many times the arithmetic.
 """
 
 from typing import Any
@@ -30,10 +30,12 @@ class _SwiGLU(Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, gate, value, gate_weight, value_weight, out_weight = ctx.saved_tensors
         needs_x, needs_gate, needs_value, needs_out = ctx.needs_input_grad
-        grad_hidden, silu = grad @ out_weight, F.silu(gate)
-        grad_gate = torch.ops.aten.silu_backward(grad_hidden * value, gate)
-        grad_out = _product(grad, silu * value) if needs_out else None
-        grad_value = grad_hidden.mul_(silu)
+        grad_hidden = grad @ out_weight
+        grad_gate = grad_hidden * value
+        torch.ops.aten.silu_backward.grad_input(grad_gate, gate, grad_input=grad_gate)
+        hidden = F.silu(gate)
+        grad_value = grad_hidden.mul_(hidden)
+        grad_out = _product(grad, hidden.mul_(value)) if needs_out else None
         grad_x = (grad_gate @ gate_weight).add_(grad_value @ value_weight) if needs_x else None
         return (
             grad_x,
@@ -77,17 +79,19 @@ class _NormModulate(Function):
     def forward(ctx: Any, x: Tensor, shift: Tensor, scale: Tensor, index: Tensor, eps: float) -> Tensor:
         normed, mean, rstd = torch.native_layer_norm(x.float(), (x.shape[-1],), None, None, eps)
         ctx.save_for_backward(x, mean, rstd, scale, index)
-        out = normed.to(x.dtype) * (1 + scale).index_select(0, index)
-        return out.add_(shift.index_select(0, index))
+        # As x * (1 + scale) + shift would: under autocast x is float32 and the rows are not.
+        dtype = torch.promote_types(x.dtype, scale.dtype)
+        out = normed.to(dtype).mul_((1 + scale).to(dtype).index_select(0, index))
+        return out.add_(shift.to(dtype).index_select(0, index))
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, mean, rstd, scale, index = ctx.saved_tensors
         rows, wide = scale.shape[0], x.float()
-        normed = (wide - mean).mul_(rstd)
-        grad_scale, grad_shift = _sum_rows(normed.mul_(grad), index, rows), _sum_rows(grad, index, rows)
-        grad_normed = (1 + scale).index_select(0, index).float() * grad.float()
+        grad_scale = _sum_rows((wide - mean).mul_(rstd).mul_(grad), index, rows)
+        grad_shift = _sum_rows(grad, index, rows)
+        grad_normed = (1 + scale).float().index_select(0, index)[None].mul_(grad)
         grad_x, _, _ = torch.ops.aten.native_layer_norm_backward(
             grad_normed, wide, (x.shape[-1],), mean, rstd, None, None, [True, False, False]
         )
@@ -109,14 +113,17 @@ class _GatedAdd(Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, gate: Tensor, branch: Tensor, index: Tensor) -> Tensor:
         ctx.save_for_backward(gate, branch, index)
-        return x + gate.index_select(0, index).mul_(branch[0])
+        ctx.x_dtype = x.dtype
+        dtype = torch.promote_types(x.dtype, torch.promote_types(gate.dtype, branch.dtype))
+        return gate.to(dtype).index_select(0, index)[None].mul_(branch).add_(x)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         gate, branch, index = ctx.saved_tensors
         grad_gate = _sum_rows(grad * branch, index, gate.shape[0]).to(gate.dtype)
-        return grad, grad_gate, (gate.index_select(0, index) * grad).to(branch.dtype), None
+        grad_branch = gate.to(grad.dtype).index_select(0, index)[None].mul_(grad)
+        return grad.to(ctx.x_dtype), grad_gate, grad_branch.to(branch.dtype), None
 
 
 def gated_add(x: Tensor, gate: Tensor, branch: Tensor, index: Tensor) -> Tensor:

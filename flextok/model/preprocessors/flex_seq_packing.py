@@ -60,7 +60,10 @@ class BlockWiseSequencePacker(nn.Module):
         self.return_materialized_mask = return_materialized_mask
         self.counts_repeats = True
 
-    def _row_length(self, num_tokens: int) -> int:
+    def _row_length(self, num_tokens: int, shapes: PackedShapes) -> int:
+        if not self.training and shapes.is_cut:
+            # Padding is for readers of the published row, which this one is not.
+            return num_tokens
         if self.max_seq_len is not None:
             return self.max_seq_len
         return num_tokens + (-num_tokens) % (self.pad_to_multiple or 1)
@@ -110,7 +113,7 @@ class BlockWiseSequencePacker(nn.Module):
             shapes.lengths,
             mode=self.mask_mode,
             keep_last=self._keep_ks(data_dict),
-            total=self._row_length(num_tokens),
+            total=self._row_length(num_tokens, shapes),
             last_counts=last_counts,
         )
         # Equal to those of an earlier call, as in each step of a sampler: these have their masks and indices already.

@@ -12,8 +12,8 @@ class NestedDropoutSequencePacker(BlockWiseSequencePacker):
     """`BlockWiseSequencePacker` that hides the tokens of the last sub-sequence at index >= `keep_k` of their sample.
 
     Registers are the last of `input_list_read_keys`; other sub-sequences are never hidden. Hidden tokens neither attend
-    nor are attended to, so the other tokens' outputs are those of a sequence without them; with `drop_masked` they are
-    indeed left out of the sequence and cost nothing, and an unpacker fills their place with zeros. Without
+    nor are attended to, so the other tokens' outputs are those of a sequence without them. With `drop_masked`, and in
+    evaluation, they are indeed left out and cost nothing; an unpacker fills their place with zeros. Without
     `keep_k_read_key` in the dictionary all tokens are visible.
     """
 
@@ -28,13 +28,17 @@ class NestedDropoutSequencePacker(BlockWiseSequencePacker):
         self.keep_k_read_key = keep_k_read_key
         self.drop_masked = drop_masked
 
+    @property
+    def _drops(self) -> bool:
+        return self.drop_masked or (not self.training and self.counts_repeats and not self.return_materialized_mask)
+
     def _keep_ks(self, data_dict: DataDict) -> Sequence[int] | None:
-        return None if self.drop_masked else self._given_keep_ks(data_dict)
+        return None if self._drops else self._given_keep_ks(data_dict)
+
+    def _limits(self, data_dict: DataDict) -> Sequence[int] | None:
+        return self._given_keep_ks(data_dict) if self._drops else None
 
     def _given_keep_ks(self, data_dict: DataDict) -> list[int] | None:
         keep_ks = data_dict.get(self.keep_k_read_key)
         batch = len(data_dict[self.input_list_read_keys[-1]])
         return None if keep_ks is None else checked_keep_ks(keep_ks, batch, self.keep_k_read_key)
-
-    def _limits(self, data_dict: DataDict) -> Sequence[int] | None:
-        return self._given_keep_ks(data_dict) if self.drop_masked else None

@@ -1,6 +1,7 @@
 """Encoder and decoder trunks: a stack of blocks over the packed row."""
 
 from collections.abc import Callable, Sequence
+from inspect import signature
 from typing import Any, get_args
 
 import torch
@@ -168,9 +169,13 @@ def set_attention_backend(model: nn.Module, backend: BackendChoice) -> None:
 def compile_blocks(model: nn.Module, **options: Any) -> None:
     """Compile the blocks of all trunks inside `model`, each region alike, for rows of any length.
 
-    Packing and everything else that depends on the batch stays outside. State-dict names do not change. `options` are
-    those of `torch.compile`.
+    Packing and everything else that depends on the batch stays outside: what remains to be compiled anew are the few
+    kinds of attention plans, with and without gradients. State-dict names do not change. `options` are those of
+    `torch.compile`.
     """
+    options.setdefault("dynamic", True)
+    if "recompile_limit" in signature(torch.compile).parameters:  # torch 2.11 does not have it
+        options.setdefault("recompile_limit", 16)
     for module in model.modules():
         if isinstance(module, _Trunk):
             for block in module.blocks:
