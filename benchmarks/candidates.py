@@ -97,7 +97,9 @@ def build_candidate(name: str, workload: Workload, device: torch.device, *, trai
     if name in YARDSTICKS:
         return YARDSTICKS[name](build_model(workload, "mask_token", device))
     form = next(form for form in FORMS if form == name)
-    return Ours(build_model(workload, form, device).train(training))
+    # What is decoded in the mask-token form are released checkpoints.
+    exported = form == "mask_token" and not training
+    return Ours(build_model(workload, form, device, exported=exported).train(training))
 
 
 def precision(device: torch.device) -> AbstractContextManager[Any]:

@@ -11,6 +11,7 @@ from torch import Tensor
 from flextok.config import compose
 from flextok.flextok_wrapper import FlexTok
 from flextok.model.data_dict import RNG_KEY, DataDict
+from flextok.utils.export import official_config
 
 Form = Literal["mask_token", "attention_mask", "packed"]
 FORMS: tuple[Form, ...] = get_args(Form)
@@ -75,15 +76,19 @@ class Step:
         }
 
 
-def build_model(workload: Workload, form: Form, device: torch.device) -> FlexTok:
+def build_model(workload: Workload, form: Form, device: torch.device, *, exported: bool = False) -> FlexTok:
     """A model in training mode that reads its noise from the data dictionary.
+
+    With `exported` it is built of the published fields alone, as a checkpoint in the official format is.
 
     Every form of one workload gets the same weights, none of them zero: freshly initialised heads would answer 0 to
     anything, and a comparison of answers would prove nothing.
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        model: FlexTok = hydra.utils.instantiate(workload.config(form).model, _convert_="all")
+        config = workload.config(form).model
+        config = official_config(config) if exported else config
+        model: FlexTok = hydra.utils.instantiate(config, _convert_="all")
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
             # By name: the learned mask token, which two forms lack, must not shift the draws of the others.
