@@ -149,7 +149,10 @@ def tiny_decoder(*, mask_mode: str = "full", drop_masked: bool = False) -> nn.Mo
     packer["mask_mode"] = mask_mode
     if drop_masked:  # files written before this setting existed lack it
         packer["drop_masked"] = True
-    return randomize(instantiate(config)).eval()
+    decoder = randomize(instantiate(config)).eval()
+    # Evaluation would leave hidden tokens out; here the mask has to hide them.
+    decoder.module_dict["dec_seq_packer"].shortens_rows = drop_masked
+    return decoder
 
 
 FORMS = ("mask_token", "attention_mask", "packed")

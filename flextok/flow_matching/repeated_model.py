@@ -24,6 +24,9 @@ class RepeatedModel:
             once, again = model.split(varying, wanted)
             # Called, not looked into: wrappers around the module's call stay in force.
             self._inputs = model(dict(inputs), once)
+            for key in model.written_first(again):
+                if isinstance(self._inputs.get(key), SequenceLayout | PackedShapes):
+                    del self._inputs[key]  # Of an earlier use of the dictionary; it would hide the new one.
             self._arguments = (again,)
 
     def __call__(self, values: DataDict) -> DataDict:

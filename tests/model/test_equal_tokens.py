@@ -159,13 +159,13 @@ def inputs_for(sizes, keep_ks, flags, dtype=torch.float32):
 OUTPUTS = ("vae_latents_reconst", "dec_registers_proj", "dec_registers_repa_layer")
 
 
-def decode(decoder, data, *, counts_repeats):
+def decode(decoder, data, *, shortens_rows):
     packer = decoder.module_dict["dec_seq_packer"]
-    packer.counts_repeats = counts_repeats
+    packer.shortens_rows = shortens_rows
     try:
         return decoder(dict(data))
     finally:
-        packer.counts_repeats = True
+        packer.shortens_rows = True
 
 
 def outputs(decoded):
@@ -187,7 +187,7 @@ def distinct_registers(keep_k, flag, *, form):
 @torch.no_grad()
 def test_equal_tokens_computed_once_give_the_same_numbers(form, sizes, keep_ks, flags):
     decoder, data = model_for(form).decoder, inputs_for(sizes, keep_ks, flags)
-    once, each = (decode(decoder, data, counts_repeats=value) for value in (True, False))
+    once, each = (decode(decoder, data, shortens_rows=value) for value in (True, False))
     rows = zip(sizes, keep_ks or [None] * 5, flags or [False] * 5, strict=False)
     expected = [h * w + distinct_registers(k, flag, form=form) for (h, w), k, flag in rows]
     assert list(once["dec_block_mask"].sample_lengths) == expected
@@ -212,7 +212,7 @@ def test_in_double_precision_they_are_the_same_numbers(double_norms, backend, si
     """So that the small differences above are rounding, and not a bias that happens to be small."""
     double_norms.module_dict["dec_transformer"].attention_backend = backend
     data = inputs_for(sizes, KEEP_KS["mixed"], flags, torch.float64)
-    once, each = (decode(double_norms, data, counts_repeats=value) for value in (True, False))
+    once, each = (decode(double_norms, data, shortens_rows=value) for value in (True, False))
     for (key, mine), (_, theirs) in zip(outputs(once), outputs(each), strict=True):
         assert mine.dtype == torch.float64
         assert max_difference(mine, theirs) < 1e-10, key
@@ -225,10 +225,10 @@ def test_in_double_precision_they_are_the_same_numbers(double_norms, backend, si
 def test_gradients_in_evaluation_mode_are_the_same_too(form, sizes, keep_ks, flags):
     model, by_form = model_for(form), []
     parameters = [p for p in model.decoder.parameters() if p.requires_grad]
-    for counts_repeats in (True, False):
+    for shortens_rows in (True, False):
         data = inputs_for(sizes, keep_ks, flags)
         quants = [quant.requires_grad_() for quant in data["enc_registers_quant"]]
-        decoded = decode(model.decoder, data, counts_repeats=counts_repeats)
+        decoded = decode(model.decoder, data, shortens_rows=shortens_rows)
         # The loss looks at each copy of an equal token with other weights.
         generator = torch.Generator().manual_seed(1)
         loss = sum((x * torch.randn(x.shape, generator=generator)).mean() for _, x in outputs(decoded))
@@ -413,7 +413,7 @@ def pipeline_inputs(key):
 @torch.no_grad()
 def test_a_trunk_that_knows_positions_gets_all_tokens(key):
     pipeline, data = pipeline_with(key).eval(), pipeline_inputs(key)
-    assert not pipeline.module_dict["packer"].counts_repeats
+    assert not pipeline.module_dict["packer"].shortens_rows
     out = pipeline(dict(data))
     assert out["mask"].lengths == ((4, 6), (2, 4))
     whole = pipeline({**data, "registers": list(data["registers"])})
@@ -426,15 +426,15 @@ def test_a_trunk_that_knows_positions_gets_all_tokens(key):
 @pytest.mark.parametrize("key", POSITIONS)
 def test_counting_for_such_a_trunk_all_the_same_is_an_error(key):
     pipeline = pipeline_with(key)
-    pipeline.module_dict["packer"].counts_repeats = True
-    with pytest.raises(ValueError, match="counts_repeats=False"):
+    pipeline.module_dict["packer"].shortens_rows = True
+    with pytest.raises(ValueError, match="shortens_rows=False"):
         pipeline(pipeline_inputs(key))
 
 
 @pytest.mark.parametrize("key", ["sa_score_mod_read_key", "xa_score_mod_read_key", "rope_forward_read_key"])
 def test_a_trunk_with_a_context_that_knows_positions_gets_all_tokens_too(key):
     trunk = FlexTransformerDecoder("x", "context", "x", **{key: "position"}, **TRUNK)
-    assert not SequentialModuleDictWrapper({"packer": packer(), "trunk": trunk}).module_dict["packer"].counts_repeats
+    assert not SequentialModuleDictWrapper({"packer": packer(), "trunk": trunk}).module_dict["packer"].shortens_rows
 
 
 @torch.no_grad()

@@ -24,9 +24,9 @@ class BlockWiseSequencePacker(nn.Module):
     `return_materialized_mask` the dense bool mask `[1, 1, tokens, tokens]`. `compile_block_mask` is accepted for
     published configs and has no effect: no mask is built until a backend asks for one.
 
-    Of equal tokens at the end of a sample (a `RepeatedTail`) one is packed where the mask mode leaves them equal, and
-    the layout counts its key; the attribute `counts_repeats=False` packs them all, for trunks that tell positions
-    apart.
+    Evaluation packs no token that cannot matter: of equal ones at the end of a sample (a `RepeatedTail`) one, whose key
+    the layout counts, where the mask mode leaves them equal; and none that nested dropout hides. The attribute
+    `shortens_rows=False` packs them all, for trunks that tell positions apart.
     """
 
     def __init__(
@@ -58,7 +58,7 @@ class BlockWiseSequencePacker(nn.Module):
         self.pad_to_multiple = pad_to_multiple
         self.per_subseq_embs = per_subseq_embs
         self.return_materialized_mask = return_materialized_mask
-        self.counts_repeats = True
+        self.shortens_rows = True
 
     def _row_length(self, num_tokens: int, shapes: PackedShapes) -> int:
         if not self.training and shapes.is_cut:
@@ -88,7 +88,7 @@ class BlockWiseSequencePacker(nn.Module):
         if limits is not None and any(len(sample[-1]) != 1 for sample in shapes):
             raise ValueError(f"{self.input_list_read_keys[-1]!r} must hold 1D tokens to be cut at keep_k")
         counts_repeats = (
-            self.counts_repeats
+            self.shortens_rows
             and self.mask_mode == "full"
             and not self.return_materialized_mask
             and self._keep_ks(data_dict) is None

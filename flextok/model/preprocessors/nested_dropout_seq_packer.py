@@ -30,7 +30,7 @@ class NestedDropoutSequencePacker(BlockWiseSequencePacker):
 
     @property
     def _drops(self) -> bool:
-        return self.drop_masked or (not self.training and self.counts_repeats and not self.return_materialized_mask)
+        return self.drop_masked or (not self.training and self.shortens_rows and not self.return_materialized_mask)
 
     def _keep_ks(self, data_dict: DataDict) -> Sequence[int] | None:
         return None if self._drops else self._given_keep_ks(data_dict)

@@ -147,7 +147,7 @@ class _Trunk(MuPInit):
         if layout.last_counts is not None and (self.rope_forward_read_key or score_mod is not None):
             raise ValueError(
                 "rope_forward and score_mod tell equal tokens apart, of which the packer left one; "
-                "set counts_repeats=False on the packer"
+                "set shortens_rows=False on the packer"
             )
         needs_grad = torch.is_grad_enabled() and (x.requires_grad or any(p.requires_grad for p in self.parameters()))
         request = AttentionRequest(layout, x.shape[1], x.shape[1], x.device, compute_dtype(x), needs_grad, score_mod)

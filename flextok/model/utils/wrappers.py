@@ -24,8 +24,8 @@ class SequentialModuleDictWrapper(nn.Module):
         modules = [vars(module) for module in self.module_dict.values()]
         if any(attributes.get(key) for attributes in modules for key in _POSITION_KEYS):
             for attributes in modules:
-                if "counts_repeats" in attributes:
-                    attributes["counts_repeats"] = False
+                if "shortens_rows" in attributes:
+                    attributes["shortens_rows"] = False
 
     @property
     def device(self) -> torch.device:
@@ -69,6 +69,15 @@ class SequentialModuleDictWrapper(nn.Module):
             else:
                 once.append(name)
         return [name for name in once if name in live], [name for name in again if name in live]
+
+    def written_first(self, names: Iterable[str]) -> set[str]:
+        """The keys that these modules, run in their order, write before any of them reads them."""
+        read, written = set[str](), set[str]()
+        for name in names:
+            reads, writes = map(set, keys_of(vars(self.module_dict[name])))
+            read |= reads
+            written |= writes - read
+        return written
 
     def forward(self, data_dict: DataDict, only: Sequence[str] | None = None) -> DataDict:
         """Run all modules, or those whose names are in `only`, in the order of the pipeline."""
