@@ -102,6 +102,7 @@ def trunk_mask(
 
     from flextok.cli.module_table import PARTS
     from flextok.model.preprocessors.flex_seq_packing import BlockWiseSequencePacker
+    from flextok.model.preprocessors.nested_dropout_seq_packer import NestedDropoutSequencePacker
 
     if batch < 1:
         raise ValueError(f"--batch {batch}: valid is 1 sample or more")
@@ -121,6 +122,9 @@ def trunk_mask(
     packer = modules[packer_name]
     # A materialised mask would have a shape and no values.
     packer.return_materialized_mask = False
+    if isinstance(packer, NestedDropoutSequencePacker):
+        # Evaluation leaves hidden registers out whatever was chosen; training, which this shows, may hide them.
+        packer.shortens_rows = packer.drop_masked
     with torch.no_grad():
         for before in PARTS[: PARTS.index(part)]:
             data = _build(config[before])(data)

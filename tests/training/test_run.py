@@ -190,7 +190,7 @@ def test_weights_of_another_model_are_refused(small_model, tmp_path):
 
 
 def test_compiled_modules_keep_their_names(tmp_path, monkeypatch):
-    monkeypatch.setattr(torch.nn.Module, "compile", lambda self: setattr(self, "_compiled_call_impl", None))
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda self, **_: setattr(self, "_compiled_call_impl", None))
     names = build(small_config(tmp_path, "compile=true")).module.state_dict().keys()
     assert names == build(small_config(tmp_path)).module.state_dict().keys()
 
