@@ -107,12 +107,13 @@ def draw_step(model: FlexTok, workload: Workload, *, batch: int, seed: int, devi
     shape = (batch, CHANNELS, workload.latent_size, workload.latent_size)
     latents, noise = (torch.randn(shape, generator=generator).to(device) for _ in range(2))
     step = Step(seed, latents, noise, torch.empty(0), [], [])
-    data = model.flow_matching_noise_module(step.data(model))
-    decoder = model.decoder.module_dict
+    encoder, decoder = model.encoder.module_dict, model.decoder.module_dict
     width = decoder["dec_from_latents"].dim_out
-    data[REGISTERS_KEY] = list(torch.zeros(batch, model.num_registers, width, device=device).split(1))
-    data = decoder["dec_nested_dropout"](data)
-    keep_ks = data[decoder["dec_nested_dropout"].train_keep_k_write_key]
+    sampler = encoder["enc_keep_k_sampler"]
+    registers = list(torch.zeros(batch, model.num_registers, width, device=device).split(1))
+    data = sampler(step.data(model) | {sampler.read_key: registers})
+    keep_ks = data[sampler.sampled_keep_k_write_key]
+    data = model.flow_matching_noise_module(data)
     data[REGISTERS_KEY] = list(torch.zeros(batch, 1, width, device=device).split(1))
     data = decoder["dec_latent_dropout"](data)
     null = [bool(entry.any()) for entry in data[REGISTERS_KEY]]

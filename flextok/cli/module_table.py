@@ -29,6 +29,7 @@ class ModuleRow:
     writes: list[str]
     num_parameters: int | None
     shapes: dict[str, str] = field(default_factory=dict)
+    has_run: bool = False
 
 
 def trace_modules(config: Mapping[str, Any], latent_shape: tuple[int, int, int]) -> list[ModuleRow]:
@@ -56,7 +57,7 @@ def trace_modules(config: Mapping[str, Any], latent_shape: tuple[int, int, int])
                 data = part(data)
     # Whatever a module may raise: the table of what ran until then says more than a traceback.
     except (RuntimeError, NotImplementedError, KeyError, ValueError, TypeError, AttributeError) as error:
-        stopped = next((row.name for row in rows[1:] if row.writes and not row.shapes), "the last module")
+        stopped = next((row.name for row in rows[1:] if not row.has_run), "the last module")
         logger.warning("shapes end at %s: %s: %s", stopped, type(error).__name__, error)
     finally:
         for handle in handles:
@@ -102,6 +103,7 @@ def _vae_row(settings: Mapping[str, Any]) -> ModuleRow:
 
 def _shape_recorder(row: ModuleRow) -> Any:
     def record(module: nn.Module, args: Any, output: Any) -> None:
+        row.has_run = True
         if isinstance(output, Mapping):
             row.shapes = {key: describe_value(output[key]) for key in row.writes if key in output}
 

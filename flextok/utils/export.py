@@ -18,9 +18,15 @@ _PACKERS = (
     "flextok.model.preprocessors.nested_dropout_seq_packer.NestedDropoutSequencePacker",
 )
 
-# Settings that released code does not know; none changes what a trained model answers.
+# Modules and settings that released code does not know; none changes what a trained model answers.
+_OUR_MODULES = ("flextok.model.preprocessors.keep_k_sampler.KeepKSampler",)
 _OUR_FIELDS = {
+    "flextok.model.preprocessors.attention_masked_nested_dropout.AttentionMaskedNestedDropout": (
+        "sampled_keep_k_read_key",
+    ),
+    "flextok.model.preprocessors.flex_seq_packing.BlockWiseSequencePacker": ("sampled_keep_k_read_key",),
     "flextok.model.preprocessors.nested_dropout_seq_packer.NestedDropoutSequencePacker": ("drop_masked",),
+    "flextok.model.preprocessors.token_dropout.MaskedNestedDropout": ("sampled_keep_k_read_key",),
     "flextok.flow_matching.noise_modules.MinRFNoiseModule": ("timestep_shift",),
     "flextok.model.trunks.transformers.FlexTransformer": ("output_subsequences",),
 }
@@ -48,8 +54,8 @@ def export_model(model: nn.Module, config: Any, out_dir: PathLike, *, overwrite:
 
 
 def official_config(config: Any) -> dict[str, Any]:
-    """The config as the published code wants it: plain containers, no field of our own, every packer padding
-    to 128.
+    """The config as the published code wants it: plain containers, no module or field of our own, every packer
+    padding to 128.
 
     Results are the same with it. Interpolations of a DictConfig are resolved.
     """
@@ -64,7 +70,8 @@ def _official(node: Any) -> Any:
         return [_official(child) for child in node]
     if not isinstance(node, Mapping):
         return node
-    official = {key: _official(child) for key, child in node.items()}
+    ours = [key for key, child in node.items() if isinstance(child, Mapping) and child.get("_target_") in _OUR_MODULES]
+    official = {key: _official(child) for key, child in node.items() if key not in ours}
     for field in _OUR_FIELDS.get(node.get("_target_", ""), ()):
         official.pop(field, None)
     pads = (official.get("pad_to_multiple") or 1) % 128 == 0 or official.get("max_seq_len") is not None

@@ -13,7 +13,7 @@ from benchmarks import (
     training_step,
     workloads,
 )
-from benchmarks.candidates import CANDIDATES
+from benchmarks.candidates import CANDIDATES, YARDSTICKS
 from tests.benchmarks.support import MINIATURE
 
 
@@ -47,7 +47,7 @@ def test_training_step(run, monkeypatch):
         assert row["saved_bytes"] > 0
         assert row["backends"] == {"sdpa": 2 * 2}
         assert len(row["seconds"]) == 2
-        assert row["tokens"]["encoder"] == full
+        assert (row["tokens"]["encoder"] < full) == (name not in YARDSTICKS)
         assert (row["tokens"]["decoder"] < full) == (name == "packed")
     assert {(row["candidate"], row["yardstick"]) for row in workload["ratios"]} >= {
         ("packed", "plain"),

@@ -4,6 +4,7 @@ from functools import lru_cache
 
 import pytest
 import torch
+from hydra.errors import InstantiationException
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -12,7 +13,7 @@ from flextok.model.packed_list import PackedList
 from flextok.model.postprocessors.seq_unpacking import SequenceUnpacker
 from flextok.model.preprocessors.flex_seq_packing import BlockWiseSequencePacker
 from flextok.model.repeated_tail import RepeatedTail, replace_tails
-from flextok.model.trunks.transformers import FlexTransformer, FlexTransformerDecoder
+from flextok.model.trunks.transformers import FlexTransformer, FlexTransformerDecoder, set_attention_backend
 from flextok.model.utils.wrappers import SequentialModuleDictWrapper
 from tests.support import FORMS, max_difference, randomize, small_tokenizer
 
@@ -276,7 +277,7 @@ def training_step(model, sizes, seed, *, read_registers=True):
     out = model(data)
     seen = list(out["vae_latents_reconst"])
     if read_registers:
-        kept = zip(out["dec_registers_proj"], out["nested_dropout_keep_k"], strict=True)
+        kept = zip(out["dec_registers_proj"], out["train_keep_k"], strict=True)
         seen += [registers[:, :keep_k] for registers, keep_k in kept]
     weights = torch.Generator().manual_seed(1)
     loss = sum((x * torch.randn(x.shape, generator=weights)).mean() for x in seen)
@@ -327,6 +328,45 @@ def test_names_and_shapes_of_the_weights_are_those_of_the_masked_form():
 
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("sizes", [EQUAL, MIXED], ids=["equal", "mixed"])
+@pytest.mark.parametrize("backend", ["sdpa", "reference"])
+def test_registers_that_will_be_dropped_are_left_out_of_the_encoder_and_nothing_changes(form, sizes, backend):
+    model = small_tokenizer(form).train()
+    set_attention_backend(model, backend)
+    out, seen, gradients = training_step(model, sizes, 5)
+    row = sum(h * w for h, w in sizes) + sum(out["train_keep_k"])
+    assert out["enc_packed_seq"].shape[1] == row < sum(h * w for h, w in sizes) + REGISTERS * len(sizes)
+    model.encoder.module_dict["enc_seq_packer"].sampled_keep_k_read_key = None
+    whole, theirs, expected = training_step(model, sizes, 5)
+    assert whole["enc_packed_seq"].shape[1] > row
+    assert whole["train_keep_k"] == out["train_keep_k"]
+    for a, b in zip(seen, theirs, strict=True):
+        assert max_difference(a, b) < 1e-5
+    for ids, all_ids, keep_k in zip(out["tokens"], whole["tokens"], out["train_keep_k"], strict=True):
+        assert torch.equal(ids[:, :keep_k], all_ids[:, :keep_k])
+    for name, gradient in gradients.items():
+        assert max_difference(gradient, expected[name]) < 1e-5 * max(1.0, float(expected[name].abs().max())), name
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_evaluation_encodes_all_registers_whatever_training_left_in_the_dictionary(form):
+    model = small_tokenizer(form).train()
+    data, _, _ = training_step(model, EQUAL, 5)
+    latents = {"vae_latents": data["vae_latents"]}
+    with torch.no_grad():
+        after, fresh = (model.eval().encode(dict(given)) for given in (data, latents))
+    assert after["enc_packed_seq"].shape == fresh["enc_packed_seq"].shape
+    assert all(torch.equal(a, b) for a, b in zip(after["tokens"], fresh["tokens"], strict=True))
+
+
+def test_an_encoder_whose_tokens_all_see_each_other_leaves_none_out():
+    with pytest.raises(
+        InstantiationException, match="sampled_keep_k_read_key='sampled_keep_k'.*give null, or mask_mode=causal_last"
+    ):
+        small_tokenizer("packed", "model.encoder.module_dict.enc_seq_packer.mask_mode=full")
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("sizes", [EQUAL, MIXED], ids=["equal", "mixed"])
 def test_outputs_that_nobody_reads_are_left_out_of_the_last_block_and_nothing_changes(form, sizes):
     model = small_tokenizer(form).train()
     trunks = [model.encoder.module_dict["enc_transformer"], model.decoder.module_dict["dec_transformer"]]
@@ -334,7 +374,7 @@ def test_outputs_that_nobody_reads_are_left_out_of_the_last_block_and_nothing_ch
     for trunk in trunks:
         trunk.blocks[-1].mlp.register_forward_pre_hook(lambda module, inputs: rows.append(inputs[0].shape[1]))
     out, _, gradients = training_step(model, sizes, 5, read_registers=False)
-    assert rows == [REGISTERS * len(sizes), sum(h * w for h, w in sizes)]
+    assert rows == [sum(out["train_keep_k"]), sum(h * w for h, w in sizes)]
     assert not any(registers.any() for registers in out["dec_registers_proj"])
     for trunk in trunks:
         trunk.output_subsequences = None

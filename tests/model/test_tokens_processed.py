@@ -47,8 +47,8 @@ def test_training(form, backend):
         data = model({"vae_latents": latents(), "rng": torch.Generator().manual_seed(0)})
     kept = sum(data["train_keep_k"])
     assert 3 <= kept < 3 * 16
-    row = BATCH * PATCHES + kept if form == "packed" else FULL_ROW
-    assert tokens == {"enc_transformer": [ENCODER_ROW], "dec_transformer": [row]}
+    cut = BATCH * PATCHES + kept
+    assert tokens == {"enc_transformer": [cut], "dec_transformer": [cut if form == "packed" else FULL_ROW]}
     assert backends == ["sdpa" if backend == "auto" else backend] * 2
 
 
@@ -59,7 +59,7 @@ def test_training_on_images_of_several_sizes(form):
         data = model({"vae_latents": latents(sizes), "rng": torch.Generator().manual_seed(0)})
     patches, kept = 64 + 32 + 12, sum(data["train_keep_k"])
     row = patches + (kept if form == "packed" else 3 * 16)
-    assert tokens == {"enc_transformer": [patches + 3 * 16], "dec_transformer": [row]}
+    assert tokens == {"enc_transformer": [patches + kept], "dec_transformer": [row]}
     assert backends == ["sdpa", "sdpa"]
 
 

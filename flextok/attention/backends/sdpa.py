@@ -5,7 +5,7 @@ are views of the row, others are gathered and padded.
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 from typing import NamedTuple
@@ -80,26 +80,49 @@ class PaddedPlan(AttentionPlan):
     Several batches of similar lengths would compute less, but were not faster on a CPU: each needs its own calls.
     """
 
+    queries: "_Batch"
+    keys: "_Batch"
+    mask: Tensor
+    """Added to the scores, `[samples, 1, 1 | longest of the queries, longest of the keys]`."""
+
+    @property
+    def takes_some_queries(self) -> bool:
+        return self.queries is not self.keys
+
+    def for_queries_of(self, subsequences: Sequence[int]) -> AttentionPlan:
+        assert self.layout is not None
+        layout, device = self.layout, self.mask.device
+        name = f"padded plan {self.mask.dtype} for queries of {subsequences}"
+        return layout.derive(name, device, lambda _: _padded_plan(layout, device, self.mask.dtype, subsequences))
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+        length = q.shape[2]
+        q, k, v = self.queries.gathered(q), self.keys.gathered(k), self.keys.gathered(v)
+        out = F.scaled_dot_product_attention(q, k, v, attn_mask=self.mask, scale=scale)
+        tokens = out.transpose(1, 2).flatten(0, 1).index_select(0, self.queries.places)
+        if self.queries.rows is not None:
+            tokens = tokens.new_zeros(length, *tokens.shape[1:]).index_copy(0, self.queries.rows, tokens)
+        return tokens[None].transpose(1, 2)
+
+
+class _Batch(NamedTuple):
+    """Where the visible tokens of a row are in a batch padded to the longest sample."""
+
     gather: Tensor
     """int64 `[samples, longest]`: places in the row; past the end of a sample, any."""
-    mask: Tensor
-    """Added to the scores, `[samples, 1, 1 | longest, longest]`."""
     places: Tensor
     """int64 `[visible tokens]`: where each is in the flattened batch."""
     rows: Tensor | None
     """int64 `[visible tokens]`: where each is in the row; None if they are the whole row."""
 
-    def attend(self, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
-        row, index = q.shape[2], self.gather.flatten()
-        q, k, v = (
-            x.squeeze(0).transpose(0, 1).index_select(0, index).unflatten(0, self.gather.shape).transpose(1, 2)
-            for x in (q, k, v)
-        )
-        out = F.scaled_dot_product_attention(q, k, v, attn_mask=self.mask, scale=scale)
-        tokens = out.transpose(1, 2).flatten(0, 1).index_select(0, self.places)
-        if self.rows is not None:
-            tokens = tokens.new_zeros(row, *tokens.shape[1:]).index_copy(0, self.rows, tokens)
-        return tokens[None].transpose(1, 2)
+    def to(self, device: torch.device) -> "_Batch":
+        rows = None if self.rows is None else self.rows.to(device, non_blocking=True)
+        return _Batch(self.gather.to(device, non_blocking=True), self.places.to(device, non_blocking=True), rows)
+
+    def gathered(self, x: Tensor) -> Tensor:
+        """`[1, heads, row, head_dim]` to `[samples, heads, longest, head_dim]`."""
+        tokens = x.squeeze(0).transpose(0, 1).index_select(0, self.gather.flatten())
+        return tokens.unflatten(0, self.gather.shape).transpose(1, 2)
 
 
 @dataclass(frozen=True)
@@ -172,30 +195,47 @@ def _bias(signature: _Signature, device: torch.device, dtype: torch.dtype) -> Te
     return bias.to(device, dtype)
 
 
-def _padded_plan(layout: SequenceLayout, device: torch.device, dtype: torch.dtype) -> AttentionPlan:
-    lengths, visible = torch.tensor(layout.sample_lengths), torch.tensor(layout.visible_lengths)
-    starts = lengths.cumsum(0) - lengths
-    # Samples that see nothing are no part of the batch: their softmax would be undefined.
-    starts, visible = starts[visible > 0], visible[visible > 0]
-    place = torch.arange(int(visible.max()))
-    inside = place < visible[:, None]
-    gather = torch.where(inside, starts[:, None] + place, starts[:, None])
-    allowed = inside[:, None, None, :]
+def _padded_plan(
+    layout: SequenceLayout, device: torch.device, dtype: torch.dtype, subsequences: Sequence[int] | None = None
+) -> AttentionPlan:
+    """With `subsequences`, queries are their tokens alone, one after another as in the row."""
+    keys, place = _padded(layout, torch.arange(layout.num_tokens), layout.row_length)
+    queries, query_place = keys, place
+    if subsequences is not None:
+        tokens = layout.rows_of(subsequences, torch.device("cpu"))
+        queries, query_place = _padded(layout, tokens, len(tokens))
+    visible = torch.tensor([n for n in layout.visible_lengths if n > 0])
+    allowed = (torch.arange(place.shape[1]) < visible[:, None])[:, None, None, :]
     if layout.mode != "full":
-        ordered = torch.ones(len(place), len(place), dtype=torch.bool).tril()
+        ordered = place[:, None, None, :] <= query_place[:, None, :, None]
         if layout.mode == "causal_last":
-            table = layout.table(torch.device("cpu"))
-            ordered = ordered | table.before_last[gather][:, None, None, :]
+            ordered = ordered | layout.table(torch.device("cpu")).before_last[keys.gather][:, None, None, :]
         allowed = allowed & ordered
     mask = torch.zeros(allowed.shape, dtype=torch.float64).masked_fill(~allowed, float("-inf"))
     bias = layout.key_bias(torch.device("cpu"), torch.float64)
     if bias is not None:
-        mask = mask + bias[gather][:, None, None, :]
-    whole = int(visible.sum()) == layout.row_length
-    return PaddedPlan(
-        layout,
-        gather.to(device, non_blocking=True),
-        mask.to(device, dtype),
-        inside.flatten().nonzero()[:, 0].to(device, non_blocking=True),
-        None if whole else gather[inside].to(device, non_blocking=True),
-    )
+        mask = mask + bias[keys.gather][:, None, None, :]
+    moved = keys.to(device)
+    return PaddedPlan(layout, moved if queries is keys else queries.to(device), moved, mask.to(device, dtype))
+
+
+def _padded(layout: SequenceLayout, tokens: Tensor, row_length: int) -> tuple[_Batch, Tensor]:
+    """The visible ones of `tokens` of the layout as a batch, and the place of each in its sample `[samples, longest]`.
+
+    `tokens` are ascending places in the layout, and in the order of the row of `row_length` that is gathered from.
+    Samples that see nothing are no part of the batch: their softmax would be undefined.
+    """
+    lengths, visible = torch.tensor(layout.sample_lengths), torch.tensor(layout.visible_lengths)
+    ends = lengths.cumsum(0)
+    sample = torch.bucketize(tokens, ends, right=True)
+    place = tokens - (ends - lengths)[sample]
+    rows = (place < visible[sample]).nonzero()[:, 0]
+    sample, place = sample[rows], place[rows]
+    counts = sample.bincount(minlength=len(lengths))
+    column = torch.arange(len(rows)) - (counts.cumsum(0) - counts)[sample]
+    batch = (visible > 0).cumsum(0)[sample] - 1, column
+    shape = int((visible > 0).sum()), int(counts.max())
+    gather, places_in_sample = torch.zeros(shape, dtype=torch.long), torch.zeros(shape, dtype=torch.long)
+    gather[batch], places_in_sample[batch] = rows, place
+    whole = len(rows) == row_length
+    return _Batch(gather, batch[0] * shape[1] + column, None if whole else rows), places_in_sample

@@ -4,7 +4,7 @@ from collections.abc import Callable
 
 from torch import Tensor, nn
 
-from flextok.attention.engine import AttentionMask, attend
+from flextok.attention.engine import AttentionMask, AttentionPlan, attend
 from flextok.attention.reference import ScoreMod
 from flextok.model.init import InitStyle, MuPInit, init_linear
 from flextok.model.layers.norm import plain_norm
@@ -67,6 +67,8 @@ class FlexAttention(MuPInit):
         keep: Tensor | None = None,
     ) -> Tensor:
         """`keep`, int64 `[kept]`: the queries whose output is wanted; None means all."""
+        if keep is not None and isinstance(block_mask, AttentionPlan) and block_mask.takes_some_queries:
+            x, keep = x.index_select(1, keep), None
         q, k, v = (
             linear(tokens).unflatten(-1, (self.num_heads, -1))
             for linear, tokens in ((self.wq, x), (self.wk, context), (self.wv, context))

@@ -12,8 +12,10 @@ class AttentionMaskedNestedDropout(nn.Module):
     """Write one `keep_k` per sample and leave the tokens alone; no parameters.
 
     `keep_k` is always written: in evaluation without `eval_keep_k_read_key` it is the number of tokens, so that no
-    stale value of an earlier call is used. `read_key` is another name of `read_write_key`. `block_mask_write_key` is
-    accepted for configs of other trainers; the mask is written by `NestedDropoutSequencePacker`.
+    stale value of an earlier call is used. In training it is drawn, unless a `KeepKSampler` did under
+    `sampled_keep_k_read_key` (ours, not in published configs). `read_key` is another name of `read_write_key`.
+    `block_mask_write_key` is accepted for configs of other trainers; the mask is written by
+    `NestedDropoutSequencePacker`.
     """
 
     def __init__(
@@ -25,6 +27,7 @@ class AttentionMaskedNestedDropout(nn.Module):
         size_sampling_mode: KeepKMode = "uniform",
         block_mask_write_key: str = "nested_dropout_block_mask",
         read_key: str | None = None,
+        sampled_keep_k_read_key: str | None = None,
     ) -> None:
         super().__init__()
         names = {name for name in (read_write_key, read_key) if name is not None}
@@ -38,11 +41,17 @@ class AttentionMaskedNestedDropout(nn.Module):
         self.eval_keep_k_read_key = eval_keep_k_read_key
         self.train_keep_k_write_key = train_keep_k_write_key
         self.size_sampling_mode: KeepKMode = size_sampling_mode
+        self.sampled_keep_k_read_key = sampled_keep_k_read_key
 
     def forward(self, data_dict: DataDict) -> DataDict:
         num_tokens = PackedList.pack(data_dict[self.read_key]).num_tokens
         keep_ks = nested_dropout_keep_ks(
-            data_dict, self.size_sampling_mode, num_tokens, training=self.training, eval_key=self.eval_keep_k_read_key
+            data_dict,
+            self.size_sampling_mode,
+            num_tokens,
+            training=self.training,
+            eval_key=self.eval_keep_k_read_key,
+            sampled_key=self.sampled_keep_k_read_key,
         )
         data_dict[self.keep_k_write_key] = list(num_tokens) if keep_ks is None else keep_ks
         if self.training:

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from flextok.attention.layout import MaskMode, layout_of
 from flextok.model.data_dict import DataDict
+from flextok.model.keep_k import checked_keep_ks
 from flextok.model.layers.modulation import EmbeddingPacker
 from flextok.model.packed_list import PackedList
 from flextok.model.packed_shapes import CutShape, PackedShapes
@@ -27,6 +28,10 @@ class BlockWiseSequencePacker(nn.Module):
     Evaluation packs no token that cannot matter: of equal ones at the end of a sample (a `RepeatedTail`) one, whose key
     the layout counts, where the mask mode leaves them equal; and none that nested dropout hides. The attribute
     `shortens_rows=False` packs them all, for trunks that tell positions apart.
+
+    `sampled_keep_k_read_key` (ours, not in published configs) names how many tokens of each sample's last sub-sequence
+    will be read by anybody, as a `KeepKSampler` writes it: the others are left out, and unpacked as zeros. That changes
+    no other token where none sees those after it, so `mask_mode` must be `causal` or `causal_last`.
     """
 
     def __init__(
@@ -43,8 +48,14 @@ class BlockWiseSequencePacker(nn.Module):
         per_subseq_embs: bool = False,
         compile_block_mask: bool = True,
         return_materialized_mask: bool = False,
+        sampled_keep_k_read_key: str | None = None,
     ) -> None:
         super().__init__()
+        if sampled_keep_k_read_key is not None and mask_mode == "full":
+            raise ValueError(
+                f"sampled_keep_k_read_key={sampled_keep_k_read_key!r} leaves out tokens that mask_mode='full' shows to "
+                "the others; give null, or mask_mode=causal_last"
+            )
         if max_seq_len is not None and pad_to_multiple is not None:
             raise ValueError(f"give max_seq_len ({max_seq_len}) or pad_to_multiple ({pad_to_multiple}), not both")
         self.input_list_read_keys = list(input_list_read_keys)
@@ -58,6 +69,7 @@ class BlockWiseSequencePacker(nn.Module):
         self.pad_to_multiple = pad_to_multiple
         self.per_subseq_embs = per_subseq_embs
         self.return_materialized_mask = return_materialized_mask
+        self.sampled_keep_k_read_key = sampled_keep_k_read_key
         self.shortens_rows = True
 
     def _row_length(self, num_tokens: int, shapes: PackedShapes) -> int:
@@ -74,7 +86,13 @@ class BlockWiseSequencePacker(nn.Module):
 
     def _limits(self, data_dict: DataDict) -> Sequence[int] | None:
         """How many tokens of each sample's last sub-sequence are packed; None means all."""
-        return None
+        return self._read_keep_ks(data_dict, self.sampled_keep_k_read_key)
+
+    def _read_keep_ks(self, data_dict: DataDict, key: str | None) -> list[int] | None:
+        keep_ks = None if key is None else data_dict.get(key)
+        if key is None or keep_ks is None:
+            return None
+        return checked_keep_ks(keep_ks, len(data_dict[self.input_list_read_keys[-1]]), key)
 
     def _subsequences(self, data_dict: DataDict) -> tuple[list[PackedList], PackedShapes, Sequence[int] | None]:
         """What to pack, its shapes, and how many equal tokens each sample's last one stands for."""

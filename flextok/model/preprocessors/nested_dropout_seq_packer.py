@@ -4,7 +4,6 @@ from collections.abc import Sequence
 from typing import Any
 
 from flextok.model.data_dict import DataDict
-from flextok.model.keep_k import checked_keep_ks
 from flextok.model.preprocessors.flex_seq_packing import BlockWiseSequencePacker
 
 
@@ -33,12 +32,7 @@ class NestedDropoutSequencePacker(BlockWiseSequencePacker):
         return self.drop_masked or (not self.training and self.shortens_rows and not self.return_materialized_mask)
 
     def _keep_ks(self, data_dict: DataDict) -> Sequence[int] | None:
-        return None if self._drops else self._given_keep_ks(data_dict)
+        return None if self._drops else self._read_keep_ks(data_dict, self.keep_k_read_key)
 
     def _limits(self, data_dict: DataDict) -> Sequence[int] | None:
-        return self._given_keep_ks(data_dict) if self._drops else None
-
-    def _given_keep_ks(self, data_dict: DataDict) -> list[int] | None:
-        keep_ks = data_dict.get(self.keep_k_read_key)
-        batch = len(data_dict[self.input_list_read_keys[-1]])
-        return None if keep_ks is None else checked_keep_ks(keep_ks, batch, self.keep_k_read_key)
+        return self._read_keep_ks(data_dict, self.keep_k_read_key) if self._drops else None

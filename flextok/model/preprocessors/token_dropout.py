@@ -28,12 +28,21 @@ def keep_prefix(tokens: Sequence[Tensor], keep_ks: Sequence[int], fill: Tensor) 
 
 
 def nested_dropout_keep_ks(
-    data_dict: DataDict, mode: KeepKMode, batch_tokens: Sequence[int], *, training: bool, eval_key: str
+    data_dict: DataDict,
+    mode: KeepKMode,
+    batch_tokens: Sequence[int],
+    *,
+    training: bool,
+    eval_key: str,
+    sampled_key: str | None,
 ) -> list[int] | None:
-    """`keep_k` of each sample: drawn in training; read in evaluation, None if the key is absent."""
+    """`keep_k` of each sample: read in evaluation, None if the key is absent; in training drawn, now or before."""
+    key = sampled_key if training else eval_key
+    keep_ks = None if key is None else data_dict.get(key)
+    if key is not None and keep_ks is not None:
+        return checked_keep_ks(keep_ks, len(batch_tokens), key)
     if not training:
-        keep_ks = data_dict.get(eval_key)
-        return None if keep_ks is None else checked_keep_ks(keep_ks, len(batch_tokens), eval_key)
+        return None
     check_keep_k_mode(mode, batch_tokens)
     return sample_keep_k(mode, batch_tokens, data_dict.get(RNG_KEY))
 
@@ -42,7 +51,8 @@ class MaskedNestedDropout(MuPInit):
     """Replace the tokens at index >= `keep_k` by a learned token.
 
     Evaluation reads one `keep_k` per sample (a value beyond the number of tokens keeps all) and keeps all tokens if the
-    key is absent. Training draws them and writes them as a list.
+    key is absent. Training draws them, unless a `KeepKSampler` did under `sampled_keep_k_read_key` (ours, not in
+    published configs), and writes them as a list.
     """
 
     def __init__(
@@ -52,6 +62,7 @@ class MaskedNestedDropout(MuPInit):
         eval_keep_k_read_key: str = "eval_keep_k",
         train_keep_k_write_key: str = "train_keep_k",
         size_sampling_mode: KeepKMode = "uniform",
+        sampled_keep_k_read_key: str | None = None,
     ) -> None:
         super().__init__()
         check_keep_k_mode(size_sampling_mode)
@@ -59,6 +70,7 @@ class MaskedNestedDropout(MuPInit):
         self.eval_keep_k_read_key = eval_keep_k_read_key
         self.train_keep_k_write_key = train_keep_k_write_key
         self.size_sampling_mode: KeepKMode = size_sampling_mode
+        self.sampled_keep_k_read_key = sampled_keep_k_read_key
         self.dropout_mask_token = nn.Parameter(torch.empty(dim))
         self._init_weights(mup=False)
 
@@ -73,6 +85,7 @@ class MaskedNestedDropout(MuPInit):
             tokens.num_tokens,
             training=self.training,
             eval_key=self.eval_keep_k_read_key,
+            sampled_key=self.sampled_keep_k_read_key,
         )
         if keep_ks is None:
             return data_dict

@@ -110,12 +110,12 @@ class _Trunk(MuPInit):
         data_dict: DataDict,
         input_keys: Sequence[str],
         optional_keys: dict[str, str | None],
-        keep: Tensor | None = None,
+        output_subsequences: Sequence[int] | None = None,
     ) -> DataDict:
         """Run the blocks on the sequences under `input_keys`, the first of which they transform.
 
-        `optional_keys` maps an argument of the blocks to the key of its value, None where there is none. `keep`, int64:
-        the tokens that have to come out; the last block leaves the others at zero.
+        `optional_keys` maps an argument of the blocks to the key of its value, None where there is none. With
+        `output_subsequences` the last block leaves the tokens of all others at zero.
         """
         modulation_keys = [self.adaLN_emb_read_key, self.adaLN_packing_fn_read_key]
         x, *inputs = (data_dict[key] for key in [*input_keys, *modulation_keys] if key is not None)
@@ -125,10 +125,15 @@ class _Trunk(MuPInit):
                 score_mod = optional.pop(name.replace("block_mask", "score_mod"), None)
                 optional[name] = self._plan(value, x, score_mod)
         intermediate: list[Tensor] = []
-        length = x.shape[1]
+        length, keep = x.shape[1], None
         for index, block in enumerate(self.blocks):
-            if keep is not None and index == len(self.blocks) - 1:
-                optional["keep"] = keep
+            if output_subsequences is not None and index == len(self.blocks) - 1:
+                plan: AttentionPlan = optional["block_mask"]
+                assert plan.layout is not None
+                keep = plan.layout.rows_of(output_subsequences, x.device)
+                if self.rope_forward_read_key is None:  # It rotates queries by their place in the whole row.
+                    plan = plan.for_queries_of(output_subsequences)
+                optional |= {"block_mask": plan, "keep": keep}
             if self.use_act_checkpoint and torch.is_grad_enabled():
                 x = checkpoint(block, x, *inputs, use_reentrant=False, **optional)
             else:
@@ -209,12 +214,10 @@ class FlexTransformer(_Trunk):
         self.score_mod_read_key = score_mod_read_key
         self.output_subsequences = output_subsequences
 
-    def _keep(self, data_dict: DataDict) -> Tensor | None:
+    def _outputs_read(self, data_dict: DataDict) -> Sequence[int] | None:
         layout = None if self.block_mask_read_key is None else data_dict[self.block_mask_read_key]
         last_is_read = len(self.blocks) - 1 in self.intermediate_layers
-        if self.output_subsequences is None or last_is_read or not isinstance(layout, SequenceLayout):
-            return None
-        return layout.rows_of(self.output_subsequences, data_dict[self.input_seq_read_key].device)
+        return None if last_is_read or not isinstance(layout, SequenceLayout) else self.output_subsequences
 
     def forward(self, data_dict: DataDict) -> DataDict:
         optional = {
@@ -222,7 +225,7 @@ class FlexTransformer(_Trunk):
             "score_mod": self.score_mod_read_key,
             "rope_forward": self.rope_forward_read_key,
         }
-        return self._run(data_dict, [self.input_seq_read_key], optional, self._keep(data_dict))
+        return self._run(data_dict, [self.input_seq_read_key], optional, self._outputs_read(data_dict))
 
 
 class FlexTransformerDecoder(_Trunk):
