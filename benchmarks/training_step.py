@@ -151,16 +151,19 @@ def step_flops(model: FlexTok, name: str, steps: Sequence[Step], *, num_patches:
     num_registers, batch = model.num_registers, len(steps[0].keep_ks)
     encoder = weights_of(model.encoder.module_dict["enc_transformer"])
     decoder = weights_of(model.decoder.module_dict["dec_transformer"])
-    full = num_patches + num_registers
-    pairs = batch * flops.causal_last_pairs(num_patches, num_registers)
-    total = flops.trunk_training_flops(**encoder, tokens=batch * full, samples=batch, pairs=pairs)
-    means = []
+    whole = [num_registers] * batch
+    totals = []
     for step in steps:
-        seen = [full] * batch if name not in DROPPING else [num_patches + keep_k for keep_k in step.keep_ks]
-        tokens = sum(seen) if name == "packed" else batch * full
-        pairs = flops.full_pairs(seen)
-        means.append(flops.trunk_training_flops(**decoder, tokens=tokens, samples=batch, pairs=pairs))
-    return total + mean(means)
+        encoded = step.keep_ks if name in FORMS else whole
+        pairs = sum(flops.causal_last_pairs(num_patches, kept) for kept in encoded)
+        tokens = batch * num_patches + sum(encoded)
+        total = flops.trunk_training_flops(**encoder, tokens=tokens, samples=batch, pairs=pairs)
+        seen = step.keep_ks if name in DROPPING else whole
+        pairs = flops.full_pairs([num_patches + kept for kept in seen])
+        tokens = batch * num_patches + sum(step.keep_ks if name == "packed" else whole)
+        total += flops.trunk_training_flops(**decoder, tokens=tokens, samples=batch, pairs=pairs)
+        totals.append(total)
+    return mean(totals)
 
 
 def weights_of(trunk: Any) -> dict[str, int]:

@@ -52,6 +52,37 @@ def test_gradients_are_those_of_the_reference(backend, arguments):
         assert max_difference(mine, theirs) < 1e-12
 
 
+@every_backend
+@given(arguments=layout_arguments(), data=st.data())
+def test_a_plan_for_some_queries_answers_them_as_the_whole_plan_does(backend, arguments, data):
+    layout = SequenceLayout(**arguments)
+    subsequences = data.draw(st.lists(st.integers(0, len(layout.lengths[0]) - 1), min_size=1, unique=True).map(sorted))
+    needs_grad = backend != "flex"
+    q, k, v = inputs = random_qkv(layout, torch.float64, requires_grad=needs_grad)
+    request = AttentionRequest(layout, layout.row_length, layout.row_length, CPU, q.dtype, needs_grad)
+    plan = plan_attention(request, backend)
+    rows = layout.rows_of(subsequences, CPU)
+    whole = plan.attend(q, k, v, SCALE).index_select(2, rows)
+    some = plan.for_queries_of(subsequences)
+    if some.takes_some_queries:
+        out = some.attend(q.index_select(2, rows), k, v, SCALE)
+    else:
+        out = some.attend(q, k, v, SCALE).index_select(2, rows)
+    assert out.shape == whole.shape
+    assert max_difference(out, whole) < 1e-12
+    if needs_grad:
+        for mine, theirs in zip(gradients(out, inputs), gradients(whole, inputs), strict=True):
+            assert max_difference(mine, theirs) < 1e-12
+
+
+def test_padded_batches_take_some_queries():
+    layout = LARGE["ordered"]
+    request = AttentionRequest(layout, layout.row_length, layout.row_length, CPU, torch.float32, needs_grad=True)
+    plan = plan_attention(request, "sdpa").for_queries_of([1])
+    assert plan.takes_some_queries
+    assert plan is plan_attention(request, "sdpa").for_queries_of([1]), "made once per layout"
+
+
 @pytest.mark.parametrize("samples", [1, 3, 6], ids="{}_samples".format)
 @pytest.mark.parametrize("lengths", [(0, 0), (0, 4)], ids=["empty", "hidden"])
 @pytest.mark.parametrize("mode", ["full", "causal", "causal_last"])

@@ -205,6 +205,15 @@ def test_a_second_decode_plans_anew(plans):
     assert plans[0] is not plans[1]
 
 
+def test_a_dictionary_of_training_is_planned_once_more_and_not_once_per_step(plans):
+    """The layout that the training forward left in it must not hide the new one from the next step."""
+    model = small_tokenizer("packed")
+    data = model.train()({"vae_latents": latents()})
+    assert len(plans) == 2
+    decode(model.eval(), {**data, "eval_keep_k": KEEP_KS})
+    assert len(plans) == 3
+
+
 @every_form
 def test_all_layers_of_a_training_step_share_one_plan(form, plans):
     model = small_tokenizer(form, "size.decoder_depth=3").train()
