@@ -75,15 +75,15 @@ class RunsPlan(AttentionPlan):
 
 @dataclass(frozen=True)
 class PaddedPlan(AttentionPlan):
-    """The visible tokens as one batch padded to the longest sample, gathered from the row and put back.
+    """The visible tokens as batches padded to the longest sample of each, gathered from the row and put back.
 
-    Several batches of similar lengths would compute less, but were not faster on a CPU: each needs its own calls.
+    Two batches, the shorter samples and the longer ones, pad less than one; three made no training step faster.
     """
 
-    queries: "_Batch"
-    keys: "_Batch"
-    mask: Tensor
-    """Added to the scores, `[samples, 1, 1 | longest of the queries, longest of the keys]`."""
+    queries: "_Padded"
+    keys: "_Padded"
+    masks: tuple[Tensor, ...]
+    """Per batch, added to the scores, `[samples, 1, 1 | longest of the queries, longest of the keys]`."""
 
     @property
     def takes_some_queries(self) -> bool:
@@ -91,38 +91,47 @@ class PaddedPlan(AttentionPlan):
 
     def for_queries_of(self, subsequences: Sequence[int]) -> AttentionPlan:
         assert self.layout is not None
-        layout, device = self.layout, self.mask.device
-        name = f"padded plan {self.mask.dtype} for queries of {subsequences}"
-        return layout.derive(name, device, lambda _: _padded_plan(layout, device, self.mask.dtype, subsequences))
+        layout, device, dtype = self.layout, self.masks[0].device, self.masks[0].dtype
+        name = f"padded plan {dtype} for queries of {subsequences}"
+        return layout.derive(name, device, lambda _: _padded_plan(layout, device, dtype, subsequences))
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
         length = q.shape[2]
-        q, k, v = self.queries.gathered(q), self.keys.gathered(k), self.keys.gathered(v)
-        out = F.scaled_dot_product_attention(q, k, v, attn_mask=self.mask, scale=scale)
-        tokens = out.transpose(1, 2).flatten(0, 1).index_select(0, self.queries.places)
+        batches = zip(self.queries.batches(q), self.keys.batches(k), self.keys.batches(v), self.masks, strict=True)
+        outputs = [F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale) for q, k, v, mask in batches]
+        cells = torch.cat([out.transpose(1, 2).flatten(0, 1) for out in outputs])
+        tokens = cells.index_select(0, self.queries.cells)
         if self.queries.rows is not None:
             tokens = tokens.new_zeros(length, *tokens.shape[1:]).index_copy(0, self.queries.rows, tokens)
         return tokens[None].transpose(1, 2)
 
 
-class _Batch(NamedTuple):
-    """Where the visible tokens of a row are in a batch padded to the longest sample."""
+class _Padded(NamedTuple):
+    """Where the visible tokens of a row are in padded batches, whose cells are counted through."""
 
+    shapes: tuple[Tensor, ...]
+    """Per batch `[samples, longest]`, without content."""
     gather: Tensor
-    """int64 `[samples, longest]`: places in the row; past the end of a sample, any."""
-    places: Tensor
-    """int64 `[visible tokens]`: where each is in the flattened batch."""
+    """int64 `[cells]`: places in the row; past the end of a sample, any."""
+    cells: Tensor
+    """int64 `[visible tokens]`: the cell of each."""
     rows: Tensor | None
     """int64 `[visible tokens]`: where each is in the row; None if they are the whole row."""
 
-    def to(self, device: torch.device) -> "_Batch":
+    def to(self, device: torch.device) -> "_Padded":
+        gather, cells = (index.to(device, non_blocking=True) for index in (self.gather, self.cells))
         rows = None if self.rows is None else self.rows.to(device, non_blocking=True)
-        return _Batch(self.gather.to(device, non_blocking=True), self.places.to(device, non_blocking=True), rows)
+        return _Padded(tuple(shape.to(device) for shape in self.shapes), gather, cells, rows)
 
-    def gathered(self, x: Tensor) -> Tensor:
-        """`[1, heads, row, head_dim]` to `[samples, heads, longest, head_dim]`."""
-        tokens = x.squeeze(0).transpose(0, 1).index_select(0, self.gather.flatten())
-        return tokens.unflatten(0, self.gather.shape).transpose(1, 2)
+    def split(self, cells: Tensor) -> list[Tensor]:
+        """Values of all cells `[cells, ...]` as one `[samples, longest, ...]` for each batch."""
+        parts = cells.split([shape.numel() for shape in self.shapes])
+        return [part.unflatten(0, shape.shape) for part, shape in zip(parts, self.shapes, strict=True)]
+
+    def batches(self, x: Tensor) -> list[Tensor]:
+        """`[1, heads, row, head_dim]` to one `[samples, heads, longest, head_dim]` for each batch."""
+        tokens = x.squeeze(0).transpose(0, 1).index_select(0, self.gather)
+        return [batch.transpose(1, 2) for batch in self.split(tokens)]
 
 
 @dataclass(frozen=True)
@@ -204,26 +213,29 @@ def _padded_plan(
     if subsequences is not None:
         tokens = layout.rows_of(subsequences, torch.device("cpu"))
         queries, query_place = _padded(layout, tokens, len(tokens))
-    visible = torch.tensor([n for n in layout.visible_lengths if n > 0])
-    allowed = (torch.arange(place.shape[1]) < visible[:, None])[:, None, None, :]
-    if layout.mode != "full":
-        ordered = place[:, None, None, :] <= query_place[:, None, :, None]
-        if layout.mode == "causal_last":
-            ordered = ordered | layout.table(torch.device("cpu")).before_last[keys.gather][:, None, None, :]
-        allowed = allowed & ordered
-    mask = torch.zeros(allowed.shape, dtype=torch.float64).masked_fill(~allowed, float("-inf"))
     bias = layout.key_bias(torch.device("cpu"), torch.float64)
-    if bias is not None:
-        mask = mask + bias[keys.gather][:, None, None, :]
+    scores = torch.full(keys.gather.shape, float("-inf"), dtype=torch.float64)
+    scores[keys.cells] = 0.0 if bias is None else bias[keys.gather[keys.cells]]
+    masks = [mask[:, None, None, :] for mask in keys.split(scores)]
+    if layout.mode != "full":
+        before_last = layout.table(torch.device("cpu")).before_last[keys.gather]
+        parts = zip(masks, keys.split(place), keys.split(before_last), queries.split(query_place), strict=True)
+        masks = []
+        for mask, key, is_before, query in parts:
+            visible = key[:, None, None, :] <= query[:, None, :, None]
+            if layout.mode == "causal_last":
+                visible = visible | is_before[:, None, None, :]
+            masks.append(torch.where(visible, mask, float("-inf")))
     moved = keys.to(device)
-    return PaddedPlan(layout, moved if queries is keys else queries.to(device), moved, mask.to(device, dtype))
+    queries = moved if queries is keys else queries.to(device)
+    return PaddedPlan(layout, queries, moved, tuple(mask.to(device, dtype) for mask in masks))
 
 
-def _padded(layout: SequenceLayout, tokens: Tensor, row_length: int) -> tuple[_Batch, Tensor]:
-    """The visible ones of `tokens` of the layout as a batch, and the place of each in its sample `[samples, longest]`.
+def _padded(layout: SequenceLayout, tokens: Tensor, row_length: int) -> tuple[_Padded, Tensor]:
+    """The visible ones of `tokens` of the layout in batches, and for each cell its place in the sample.
 
     `tokens` are ascending places in the layout, and in the order of the row of `row_length` that is gathered from.
-    Samples that see nothing are no part of the batch: their softmax would be undefined.
+    Samples that see nothing are in no batch: their softmax would be undefined.
     """
     lengths, visible = torch.tensor(layout.sample_lengths), torch.tensor(layout.visible_lengths)
     ends = lengths.cumsum(0)
@@ -233,9 +245,16 @@ def _padded(layout: SequenceLayout, tokens: Tensor, row_length: int) -> tuple[_B
     sample, place = sample[rows], place[rows]
     counts = sample.bincount(minlength=len(lengths))
     column = torch.arange(len(rows)) - (counts.cumsum(0) - counts)[sample]
-    batch = (visible > 0).cumsum(0)[sample] - 1, column
-    shape = int((visible > 0).sum()), int(counts.max())
-    gather, places_in_sample = torch.zeros(shape, dtype=torch.long), torch.zeros(shape, dtype=torch.long)
-    gather[batch], places_in_sample[batch] = rows, place
+
+    by_length = visible.argsort(stable=True)[int((visible == 0).sum()) :]
+    shapes, num_cells, first_cell = [], 0, torch.zeros_like(counts)
+    for samples in by_length.chunk(2):
+        shape = len(samples), int(counts[samples].max())
+        first_cell[samples] = num_cells + shape[1] * torch.arange(len(samples))
+        shapes.append(torch.empty(shape, dtype=torch.bool))
+        num_cells += shape[0] * shape[1]
+    cells = first_cell[sample] + column
+    gather, place_of_cell = torch.zeros(2, num_cells, dtype=torch.long)
+    gather[cells], place_of_cell[cells] = rows, place
     whole = len(rows) == row_length
-    return _Batch(gather, batch[0] * shape[1] + column, None if whole else rows), places_in_sample
+    return _Padded(tuple(shapes), gather, cells, None if whole else rows), place_of_cell
