@@ -154,9 +154,9 @@ def step_flops(model: FlexTok, name: str, steps: Sequence[Step], *, num_patches:
     whole = [num_registers] * batch
     totals = []
     for step in steps:
-        encoded = step.keep_ks if name in FORMS else whole
+        encoded = read_registers(step) if name in FORMS else whole
         pairs = sum(flops.causal_last_pairs(num_patches, kept) for kept in encoded)
-        tokens = batch * num_patches + sum(encoded)
+        tokens = len(encoded) * num_patches + sum(encoded)
         total = flops.trunk_training_flops(**encoder, tokens=tokens, samples=batch, pairs=pairs)
         seen = step.keep_ks if name in DROPPING else whole
         pairs = flops.full_pairs([num_patches + kept for kept in seen])
@@ -164,6 +164,11 @@ def step_flops(model: FlexTok, name: str, steps: Sequence[Step], *, num_patches:
         total += flops.trunk_training_flops(**decoder, tokens=tokens, samples=batch, pairs=pairs)
         totals.append(total)
     return mean(totals)
+
+
+def read_registers(step: Step) -> list[int]:
+    """How many registers of each sample the decoder reads; samples of the null condition are none."""
+    return [keep_k for keep_k, null in zip(step.keep_ks, step.null, strict=True) if not null or all(step.null)]
 
 
 def weights_of(trunk: Any) -> dict[str, int]:

@@ -17,7 +17,6 @@ Form = Literal["mask_token", "attention_mask", "packed"]
 FORMS: tuple[Form, ...] = get_args(Form)
 CHANNELS = 16
 NOISE_KEY = "given_noise"
-REGISTERS_KEY = "dec_registers_proj"
 
 # The VAE lends its keys and never runs; latents are 8 times smaller than images, as in the released models.
 _OFFICIAL = (
@@ -107,17 +106,11 @@ def draw_step(model: FlexTok, workload: Workload, *, batch: int, seed: int, devi
     shape = (batch, CHANNELS, workload.latent_size, workload.latent_size)
     latents, noise = (torch.randn(shape, generator=generator).to(device) for _ in range(2))
     step = Step(seed, latents, noise, torch.empty(0), [], [])
-    encoder, decoder = model.encoder.module_dict, model.decoder.module_dict
-    width = decoder["dec_from_latents"].dim_out
-    sampler = encoder["enc_keep_k_sampler"]
-    registers = list(torch.zeros(batch, model.num_registers, width, device=device).split(1))
-    data = sampler(step.data(model) | {sampler.read_key: registers})
-    keep_ks = data[sampler.sampled_keep_k_write_key]
-    data = model.flow_matching_noise_module(data)
-    data[REGISTERS_KEY] = list(torch.zeros(batch, 1, width, device=device).split(1))
-    data = decoder["dec_latent_dropout"](data)
-    null = [bool(entry.any()) for entry in data[REGISTERS_KEY]]
-    return Step(seed, latents, noise, data[model.flow_matching_noise_module.timesteps_write_key], keep_ks, null)
+    sampler, noising = model.encoder.module_dict["enc_dropout_sampler"], model.flow_matching_noise_module
+    registers = list(torch.zeros(batch, model.num_registers, 1, device=device).split(1))
+    data = noising(sampler(step.data(model) | {sampler.read_key: registers}))
+    keep_ks, null = data[sampler.sampled_keep_k_write_key], data[sampler.sampled_null_write_key]
+    return Step(seed, latents, noise, data[noising.timesteps_write_key], keep_ks, null)
 
 
 def draw_decoding(workload: Workload, *, batch: int, device: torch.device) -> tuple[Tensor, Tensor]:

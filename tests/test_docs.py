@@ -207,7 +207,7 @@ def test_the_tree_describes_what_exists():
 def test_the_tree_marks_the_files_that_checkpoints_name():
     text = (REPOSITORY / "README.md").read_text()
     marked = set(re.findall(r"^ *(\w+\.py) \*", text, flags=re.MULTILINE))
-    ours = {"flextok.pixel_vae.PixelVAE", "flextok.model.preprocessors.keep_k_sampler.KeepKSampler"}
+    ours = {"flextok.pixel_vae.PixelVAE", "flextok.model.preprocessors.dropout_sampler.DropoutSampler"}
     fixed = {target.rsplit(".", 2)[1] + ".py" for target in ALLOWED_TARGETS - ours}
     assert fixed <= marked
 

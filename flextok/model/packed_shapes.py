@@ -13,16 +13,16 @@ from flextok.model.packed_list import PackedList, offset_ranges
 class CutShape(tuple[int, ...]):
     """Shape of a sub-sequence of which fewer tokens were packed than it has.
 
-    It is restored to `full` tokens: up to `visible` the packed ones, the last of them repeated; then zeros.
+    It is restored to the shape `full`: up to `visible` tokens the packed ones, the last of them repeated; then zeros.
     """
 
-    full: int
+    full: tuple[int, ...]
     visible: int
 
     @classmethod
-    def of(cls, packed: int, *, full: int, visible: int) -> "CutShape":
+    def of(cls, packed: int, *, full: Sequence[int], visible: int) -> "CutShape":
         shape = cls((packed,))
-        shape.full, shape.visible = full, visible
+        shape.full, shape.visible = tuple(full), visible
         return shape
 
     def __eq__(self, other: object) -> bool:
@@ -73,7 +73,7 @@ class PackedShapes(list[list[Sequence[int]]]):
 
     def restore(self, j: int, row: Tensor) -> PackedList:
         """Sub-sequence j of all samples out of the row `[tokens, width]`, entries `[1, *shape, width]`."""
-        shapes = [(shape.full,) if isinstance(shape, CutShape) else tuple(shape) for shape in (s[j] for s in self)]
+        shapes = [shape.full if isinstance(shape, CutShape) else tuple(shape) for shape in (s[j] for s in self)]
         if (j, row.device) not in self._restored:
             self._restored[j, row.device] = self._restored_rows(j, row.device)
         rows, alive = self._restored[j, row.device]
@@ -87,7 +87,7 @@ class PackedShapes(list[list[Sequence[int]]]):
     def _restored_rows(self, j: int, device: torch.device) -> _Restored:
         mine = [_as_cut(sample[j]) for sample in self]
         packed = torch.tensor([shape[0] for shape in mine])
-        full = torch.tensor([shape.full for shape in mine])
+        full = torch.tensor([prod(shape.full) for shape in mine])
         visible = torch.tensor([shape.visible for shape in mine])
         position = offset_ranges(torch.zeros_like(full), full)
         inside = position.minimum((packed - 1).clamp(min=0).repeat_interleave(full))
@@ -105,4 +105,4 @@ def _as_cut(shape: Sequence[int]) -> CutShape:
     if isinstance(shape, CutShape):
         return shape
     num_tokens = prod(shape)
-    return CutShape.of(num_tokens, full=num_tokens, visible=num_tokens)
+    return CutShape.of(num_tokens, full=shape, visible=num_tokens)

@@ -36,7 +36,7 @@ _CLASSES_BY_MODULE = {
         "sum_tensors",
     ),
     "model.trunks.transformers": ("FlexTransformer", "FlexTransformerDecoder"),
-    "model.preprocessors.keep_k_sampler": ("KeepKSampler",),
+    "model.preprocessors.dropout_sampler": ("DropoutSampler",),
     "model.preprocessors.token_dropout": ("MaskedNestedDropout",),
     "model.preprocessors.attention_masked_nested_dropout": ("AttentionMaskedNestedDropout",),
     "model.preprocessors.nested_dropout_seq_packer": ("NestedDropoutSequencePacker",),

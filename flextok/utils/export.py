@@ -19,12 +19,16 @@ _PACKERS = (
 )
 
 # Modules and settings that released code does not know; none changes what a trained model answers.
-_OUR_MODULES = ("flextok.model.preprocessors.keep_k_sampler.KeepKSampler",)
+_OUR_MODULES = ("flextok.model.preprocessors.dropout_sampler.DropoutSampler",)
 _OUR_FIELDS = {
     "flextok.model.preprocessors.attention_masked_nested_dropout.AttentionMaskedNestedDropout": (
         "sampled_keep_k_read_key",
     ),
-    "flextok.model.preprocessors.flex_seq_packing.BlockWiseSequencePacker": ("sampled_keep_k_read_key",),
+    "flextok.model.preprocessors.flex_seq_packing.BlockWiseSequencePacker": (
+        "sampled_keep_k_read_key",
+        "sampled_null_read_key",
+    ),
+    "flextok.model.preprocessors.nullcond.LearnedNullCond": ("sampled_null_read_key",),
     "flextok.model.preprocessors.nested_dropout_seq_packer.NestedDropoutSequencePacker": ("drop_masked",),
     "flextok.model.preprocessors.token_dropout.MaskedNestedDropout": ("sampled_keep_k_read_key",),
     "flextok.flow_matching.noise_modules.MinRFNoiseModule": ("timestep_shift",),

@@ -326,25 +326,42 @@ def test_names_and_shapes_of_the_weights_are_those_of_the_masked_form():
     ]
 
 
+def registers_read(data):
+    return [0 if null else keep_k for keep_k, null in zip(data["train_keep_k"], data["sampled_null"], strict=True)]
+
+
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("sizes", [EQUAL, MIXED], ids=["equal", "mixed"])
 @pytest.mark.parametrize("backend", ["sdpa", "reference"])
-def test_registers_that_will_be_dropped_are_left_out_of_the_encoder_and_nothing_changes(form, sizes, backend):
-    model = small_tokenizer(form).train()
+def test_what_the_decoder_will_drop_is_left_out_of_the_encoder_and_nothing_changes(form, sizes, backend):
+    model = small_tokenizer(form, "size.null_condition_prob=0.3").train()
     set_attention_backend(model, backend)
-    out, seen, gradients = training_step(model, sizes, 5)
-    row = sum(h * w for h, w in sizes) + sum(out["train_keep_k"])
+    out, seen, gradients = training_step(model, sizes, 2)
+    assert sum(out["sampled_null"]) == 2
+    read = [size for size, null in zip(sizes, out["sampled_null"], strict=True) if not null]
+    row = sum(h * w for h, w in read) + sum(registers_read(out))
     assert out["enc_packed_seq"].shape[1] == row < sum(h * w for h, w in sizes) + REGISTERS * len(sizes)
-    model.encoder.module_dict["enc_seq_packer"].sampled_keep_k_read_key = None
-    whole, theirs, expected = training_step(model, sizes, 5)
-    assert whole["enc_packed_seq"].shape[1] > row
+    packer = model.encoder.module_dict["enc_seq_packer"]
+    packer.sampled_keep_k_read_key = packer.sampled_null_read_key = None
+    whole, theirs, expected = training_step(model, sizes, 2)
+    assert whole["enc_packed_seq"].shape[1] == sum(h * w for h, w in sizes) + REGISTERS * len(sizes)
     assert whole["train_keep_k"] == out["train_keep_k"]
+    assert [x.shape for x in out["enc_vae_latents_patched"]] == [x.shape for x in whole["enc_vae_latents_patched"]]
     for a, b in zip(seen, theirs, strict=True):
         assert max_difference(a, b) < 1e-5
-    for ids, all_ids, keep_k in zip(out["tokens"], whole["tokens"], out["train_keep_k"], strict=True):
+    for ids, all_ids, keep_k in zip(out["tokens"], whole["tokens"], registers_read(out), strict=True):
         assert torch.equal(ids[:, :keep_k], all_ids[:, :keep_k])
     for name, gradient in gradients.items():
         assert max_difference(gradient, expected[name]) < 1e-5 * max(1.0, float(expected[name].abs().max())), name
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_a_batch_of_nothing_but_the_null_condition_is_encoded_none_the_less(form):
+    model = small_tokenizer(form, "size.null_condition_prob=1").train()
+    out, _, gradients = training_step(model, EQUAL, 0)
+    assert all(out["sampled_null"])
+    assert out["enc_packed_seq"].shape[1] == sum(h * w for h, w in EQUAL) + sum(out["train_keep_k"])
+    assert gradients["decoder.module_dict.dec_latent_dropout.nullcond"].any()
 
 
 @pytest.mark.parametrize("form", FORMS)
@@ -374,7 +391,7 @@ def test_outputs_that_nobody_reads_are_left_out_of_the_last_block_and_nothing_ch
     for trunk in trunks:
         trunk.blocks[-1].mlp.register_forward_pre_hook(lambda module, inputs: rows.append(inputs[0].shape[1]))
     out, _, gradients = training_step(model, sizes, 5, read_registers=False)
-    assert rows == [sum(out["train_keep_k"]), sum(h * w for h, w in sizes)]
+    assert rows == [sum(registers_read(out)), sum(h * w for h, w in sizes)]
     assert not any(registers.any() for registers in out["dec_registers_proj"])
     for trunk in trunks:
         trunk.output_subsequences = None

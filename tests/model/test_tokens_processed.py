@@ -48,13 +48,15 @@ def test_training(form, backend):
     kept = sum(data["train_keep_k"])
     assert 3 <= kept < 3 * 16
     cut = BATCH * PATCHES + kept
-    assert tokens == {"enc_transformer": [cut], "dec_transformer": [cut if form == "packed" else FULL_ROW]}
+    assert 0 < sum(data["sampled_null"]) < BATCH
+    encoded = sum(PATCHES + k for k, null in zip(data["train_keep_k"], data["sampled_null"], strict=True) if not null)
+    assert tokens == {"enc_transformer": [encoded], "dec_transformer": [cut if form == "packed" else FULL_ROW]}
     assert backends == ["sdpa" if backend == "auto" else backend] * 2
 
 
 @every_form
 def test_training_on_images_of_several_sizes(form):
-    model, sizes = small_tokenizer(form).train(), ((8, 8), (4, 8), (6, 2))
+    model, sizes = small_tokenizer(form, "size.null_condition_prob=0").train(), ((8, 8), (4, 8), (6, 2))
     with tokens_processed(model) as tokens, record_backends() as backends:
         data = model({"vae_latents": latents(sizes), "rng": torch.Generator().manual_seed(0)})
     patches, kept = 64 + 32 + 12, sum(data["train_keep_k"])

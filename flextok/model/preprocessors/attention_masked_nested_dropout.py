@@ -12,7 +12,7 @@ class AttentionMaskedNestedDropout(nn.Module):
     """Write one `keep_k` per sample and leave the tokens alone; no parameters.
 
     `keep_k` is always written: in evaluation without `eval_keep_k_read_key` it is the number of tokens, so that no
-    stale value of an earlier call is used. In training it is drawn, unless a `KeepKSampler` did under
+    stale value of an earlier call is used. In training it is drawn, unless a `DropoutSampler` did under
     `sampled_keep_k_read_key` (ours, not in published configs). `read_key` is another name of `read_write_key`.
     `block_mask_write_key` is accepted for configs of other trainers; the mask is written by
     `NestedDropoutSequencePacker`.

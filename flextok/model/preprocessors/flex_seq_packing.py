@@ -29,9 +29,10 @@ class BlockWiseSequencePacker(nn.Module):
     the layout counts, where the mask mode leaves them equal; and none that nested dropout hides. The attribute
     `shortens_rows=False` packs them all, for trunks that tell positions apart.
 
-    `sampled_keep_k_read_key` (ours, not in published configs) names how many tokens of each sample's last sub-sequence
-    will be read by anybody, as a `KeepKSampler` writes it: the others are left out, and unpacked as zeros. That changes
-    no other token where none sees those after it, so `mask_mode` must be `causal` or `causal_last`.
+    Two more keys (ours, not in published configs) name what a `DropoutSampler` knows that nobody will read; it is left
+    out, and unpacked as zeros: `sampled_keep_k_read_key` the tokens of each sample's last sub-sequence at index >=
+    `keep_k`, which changes no other token where none sees those after it, so `mask_mode` must be `causal` or
+    `causal_last`; `sampled_null_read_key` the samples whose flag is set.
     """
 
     def __init__(
@@ -49,6 +50,7 @@ class BlockWiseSequencePacker(nn.Module):
         compile_block_mask: bool = True,
         return_materialized_mask: bool = False,
         sampled_keep_k_read_key: str | None = None,
+        sampled_null_read_key: str | None = None,
     ) -> None:
         super().__init__()
         if sampled_keep_k_read_key is not None and mask_mode == "full":
@@ -70,6 +72,7 @@ class BlockWiseSequencePacker(nn.Module):
         self.per_subseq_embs = per_subseq_embs
         self.return_materialized_mask = return_materialized_mask
         self.sampled_keep_k_read_key = sampled_keep_k_read_key
+        self.sampled_null_read_key = sampled_null_read_key
         self.shortens_rows = True
 
     def _row_length(self, num_tokens: int, shapes: PackedShapes) -> int:
@@ -94,6 +97,12 @@ class BlockWiseSequencePacker(nn.Module):
             return None
         return checked_keep_ks(keep_ks, len(data_dict[self.input_list_read_keys[-1]]), key)
 
+    def _left_out(self, data_dict: DataDict, batch: int) -> Sequence[bool]:
+        """Which samples are not packed at all; a row of no tokens would help nobody."""
+        key = self.sampled_null_read_key
+        flags = () if key is None else data_dict.get(key, ())
+        return [False] * batch if all(flags) else flags
+
     def _subsequences(self, data_dict: DataDict) -> tuple[list[PackedList], PackedShapes, Sequence[int] | None]:
         """What to pack, its shapes, and how many equal tokens each sample's last one stands for."""
         subsequences = [PackedList.pack(data_dict[key]) for key in self.input_list_read_keys]
@@ -103,6 +112,10 @@ class BlockWiseSequencePacker(nn.Module):
         samples = zip(*(entries.shapes for entries in subsequences), strict=True)
         shapes: list[list[Sequence[int]]] = [[torch.Size(shape[1:-1]) for shape in sample] for sample in samples]
         limits, last = self._limits(data_dict), subsequences[-1]
+        left_out = self._left_out(data_dict, len(last))
+        if any(left_out):
+            limits = list(last.num_tokens) if limits is None else limits
+            limits = [0 if out else limit for out, limit in zip(left_out, limits, strict=True)]
         if limits is not None and any(len(sample[-1]) != 1 for sample in shapes):
             raise ValueError(f"{self.input_list_read_keys[-1]!r} must hold 1D tokens to be cut at keep_k")
         counts_repeats = (
@@ -121,7 +134,13 @@ class BlockWiseSequencePacker(nn.Module):
         lengths = [min(v, n) for v, n in zip(visible, stored.num_tokens, strict=True)]
         subsequences[-1] = stored.prefixes(lengths) if list(stored.num_tokens) != lengths else stored
         for sample, length, n, v in zip(shapes, lengths, full, visible, strict=True):
-            sample[-1] = CutShape.of(length, full=n, visible=v)
+            sample[-1] = CutShape.of(length, full=(n,), visible=v)
+        if any(left_out):
+            for j, entries in enumerate(subsequences[:-1]):
+                kept = zip(left_out, entries.num_tokens, strict=True)
+                subsequences[j] = entries.prefixes([0 if out else n for out, n in kept])
+                for sample, out in zip(shapes, left_out, strict=True):
+                    sample[j] = CutShape.of(0, full=sample[j], visible=0) if out else sample[j]
         return subsequences, PackedShapes(shapes), [max(1, count) for count in last_counts]
 
     def forward(self, data_dict: DataDict) -> DataDict:

@@ -5,25 +5,41 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from flextok.model.data_dict import NULL_CONDITION_KEY, RNG_KEY, DataDict
+from flextok.model.data_dict import NULL_CONDITION_KEY, RNG_KEY, DataDict, Generators
 from flextok.model.draw import draw_uniform
 from flextok.model.init import MuPInit, init_token
 from flextok.model.packed_list import PackedList
 from flextok.model.repeated_tail import replace_tails
 
 
+def sample_null_flags(prob: float, batch: int, generator: Generators = None) -> list[bool]:
+    """One flag per sample, set with probability `prob`."""
+    return (draw_uniform((batch,), generator, "cpu") < prob).tolist()
+
+
 class _NullCond(MuPInit):
-    """Replace the entries whose flag is set; training draws the flags, evaluation reads them if they are there."""
+    """Replace the entries whose flag is set.
+
+    Evaluation reads the flags if they are there. Training draws them, unless a `DropoutSampler` did under
+    `sampled_null_read_key` (ours, not in published configs).
+    """
 
     replace_with_single_token = False
 
-    def __init__(self, read_write_key: str, eval_drop_flag_read_key: str, dropout_prob: float) -> None:
+    def __init__(
+        self,
+        read_write_key: str,
+        eval_drop_flag_read_key: str,
+        dropout_prob: float,
+        sampled_null_read_key: str | None,
+    ) -> None:
         super().__init__()
         if not 0.0 <= dropout_prob <= 1.0:
             raise ValueError(f"dropout_prob={dropout_prob} is not in [0, 1]")
         self.read_write_key = read_write_key
         self.eval_drop_flag_read_key = eval_drop_flag_read_key
         self.dropout_prob = dropout_prob
+        self.sampled_null_read_key = sampled_null_read_key
 
     def _null(self) -> Tensor | None:
         """`[dim]`, or None for zeros."""
@@ -32,9 +48,11 @@ class _NullCond(MuPInit):
     def _flags(self, data_dict: DataDict, batch: int) -> list[bool] | None:
         if not self.training:
             return data_dict.get(self.eval_drop_flag_read_key)
-        if self.dropout_prob == 0.0:
-            return None
-        return (draw_uniform((batch,), data_dict.get(RNG_KEY), "cpu") < self.dropout_prob).tolist()
+        key = self.sampled_null_read_key
+        sampled = None if key is None else data_dict.get(key)
+        if sampled is not None or self.dropout_prob == 0.0:
+            return sampled
+        return sample_null_flags(self.dropout_prob, batch, data_dict.get(RNG_KEY))
 
     def _replace(self, entries: Sequence[Tensor], flags: list[bool]) -> PackedList:
         null = self._null()
@@ -69,9 +87,13 @@ class ZeroNullCond(_NullCond):
     """Replace the tokens of flagged samples by zeros."""
 
     def __init__(
-        self, read_write_key: str, eval_drop_flag_read_key: str = NULL_CONDITION_KEY, dropout_prob: float = 0.0
+        self,
+        read_write_key: str,
+        eval_drop_flag_read_key: str = NULL_CONDITION_KEY,
+        dropout_prob: float = 0.0,
+        sampled_null_read_key: str | None = None,
     ) -> None:
-        super().__init__(read_write_key, eval_drop_flag_read_key, dropout_prob)
+        super().__init__(read_write_key, eval_drop_flag_read_key, dropout_prob, sampled_null_read_key)
 
     def _init_weights(self, *, mup: bool) -> None:
         pass
@@ -87,8 +109,9 @@ class LearnedNullCond(_NullCond):
         eval_drop_flag_read_key: str = NULL_CONDITION_KEY,
         dropout_prob: float = 0.0,
         replace_with_single_token: bool = False,
+        sampled_null_read_key: str | None = None,
     ) -> None:
-        super().__init__(read_write_key, eval_drop_flag_read_key, dropout_prob)
+        super().__init__(read_write_key, eval_drop_flag_read_key, dropout_prob, sampled_null_read_key)
         self.replace_with_single_token = replace_with_single_token
         self.nullcond = nn.Parameter(torch.empty(dim))
         self._init_weights(mup=False)

@@ -51,7 +51,7 @@ class MaskedNestedDropout(MuPInit):
     """Replace the tokens at index >= `keep_k` by a learned token.
 
     Evaluation reads one `keep_k` per sample (a value beyond the number of tokens keeps all) and keeps all tokens if the
-    key is absent. Training draws them, unless a `KeepKSampler` did under `sampled_keep_k_read_key` (ours, not in
+    key is absent. Training draws them, unless a `DropoutSampler` did under `sampled_keep_k_read_key` (ours, not in
     published configs), and writes them as a list.
     """
 
