@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from itertools import groupby
 from typing import NamedTuple
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -118,20 +119,11 @@ class _Padded(NamedTuple):
     rows: Tensor | None
     """int64 `[visible tokens]`: where each is in the row; None if they are the whole row."""
 
-    def to(self, device: torch.device) -> "_Padded":
-        gather, cells = (index.to(device, non_blocking=True) for index in (self.gather, self.cells))
-        rows = None if self.rows is None else self.rows.to(device, non_blocking=True)
-        return _Padded(tuple(shape.to(device) for shape in self.shapes), gather, cells, rows)
-
-    def split(self, cells: Tensor) -> list[Tensor]:
-        """Values of all cells `[cells, ...]` as one `[samples, longest, ...]` for each batch."""
-        parts = cells.split([shape.numel() for shape in self.shapes])
-        return [part.unflatten(0, shape.shape) for part, shape in zip(parts, self.shapes, strict=True)]
-
     def batches(self, x: Tensor) -> list[Tensor]:
         """`[1, heads, row, head_dim]` to one `[samples, heads, longest, head_dim]` for each batch."""
-        tokens = x.squeeze(0).transpose(0, 1).index_select(0, self.gather)
-        return [batch.transpose(1, 2) for batch in self.split(tokens)]
+        cells = x.squeeze(0).transpose(0, 1).index_select(0, self.gather)
+        parts = cells.split([shape.numel() for shape in self.shapes])
+        return [part.unflatten(0, shape.shape).transpose(1, 2) for part, shape in zip(parts, self.shapes, strict=True)]
 
 
 @dataclass(frozen=True)
@@ -208,53 +200,93 @@ def _padded_plan(
     layout: SequenceLayout, device: torch.device, dtype: torch.dtype, subsequences: Sequence[int] | None = None
 ) -> AttentionPlan:
     """With `subsequences`, queries are their tokens alone, one after another as in the row."""
-    keys, place = _padded(layout, torch.arange(layout.num_tokens), layout.row_length)
-    queries, query_place = keys, place
+    keys = _cells(layout, np.arange(layout.num_tokens))
+    queries, num_queries = keys, layout.row_length
     if subsequences is not None:
-        tokens = layout.rows_of(subsequences, torch.device("cpu"))
-        queries, query_place = _padded(layout, tokens, len(tokens))
-    bias = layout.key_bias(torch.device("cpu"), torch.float64)
-    scores = torch.full(keys.gather.shape, float("-inf"), dtype=torch.float64)
-    scores[keys.cells] = 0.0 if bias is None else bias[keys.gather[keys.cells]]
-    masks = [mask[:, None, None, :] for mask in keys.split(scores)]
+        tokens = layout.rows_of(subsequences, torch.device("cpu")).numpy()
+        queries, num_queries = _cells(layout, tokens), len(tokens)
+    is_token = np.zeros(keys.token.shape, dtype=bool)
+    is_token[keys.cells] = True
+    visible = [some[:, None, None, :] for some in keys.split(is_token)]
     if layout.mode != "full":
-        before_last = layout.table(torch.device("cpu")).before_last[keys.gather]
-        parts = zip(masks, keys.split(place), keys.split(before_last), queries.split(query_place), strict=True)
-        masks = []
-        for mask, key, is_before, query in parts:
-            visible = key[:, None, None, :] <= query[:, None, :, None]
+        before_last = layout.table(torch.device("cpu")).before_last.numpy()[keys.token]
+        parts = zip(visible, keys.split(keys.place), keys.split(before_last), queries.split(queries.place), strict=True)
+        visible = []
+        for is_key, key, is_before, query in parts:
+            earlier = key[:, None, None, :] <= query[:, None, :, None]
             if layout.mode == "causal_last":
-                visible = visible | is_before[:, None, None, :]
-            masks.append(torch.where(visible, mask, float("-inf")))
-    moved = keys.to(device)
-    queries = moved if queries is keys else queries.to(device)
-    return PaddedPlan(layout, queries, moved, tuple(mask.to(device, dtype) for mask in masks))
+                earlier |= is_before[:, None, None, :]
+            visible.append(earlier & is_key)
+    masks = [torch.zeros(some.shape, dtype=dtype).masked_fill_(torch.from_numpy(~some), -math.inf) for some in visible]
+    bias = layout.key_bias(torch.device("cpu"), torch.float64)
+    if bias is not None:
+        biases = [torch.from_numpy(part).to(dtype) for part in keys.split(bias.numpy()[keys.token])]
+        masks = [mask + part[:, None, None, :] for mask, part in zip(masks, biases, strict=True)]
+    moved = _padded(keys, layout.row_length, device)
+    return PaddedPlan(
+        layout,
+        moved if queries is keys else _padded(queries, num_queries, device),
+        moved,
+        tuple(mask.to(device) for mask in masks),
+    )
 
 
-def _padded(layout: SequenceLayout, tokens: Tensor, row_length: int) -> tuple[_Padded, Tensor]:
-    """The visible ones of `tokens` of the layout in batches, and for each cell its place in the sample.
+class _Cells(NamedTuple):
+    """Padded batches, whose cells are counted through. NumPy: with tensors the small operations take far longer."""
 
-    `tokens` are ascending places in the layout, and in the order of the row of `row_length` that is gathered from.
-    Samples that see nothing are in no batch: their softmax would be undefined.
+    shapes: list[tuple[int, int]]
+    """Per batch `(samples, longest)`."""
+    token: np.ndarray
+    """`[cells]`: which of the tokens is there; 0 in empty cells."""
+    place: np.ndarray
+    """`[cells]`: the place of that token in its sample."""
+    rows: np.ndarray
+    """`[visible tokens]`: which tokens are visible."""
+    cells: np.ndarray
+    """`[visible tokens]`: the cell of each."""
+
+    def split(self, values: np.ndarray) -> list[np.ndarray]:
+        """`[cells]` as one `[samples, longest]` for each batch."""
+        ends = np.cumsum([samples * longest for samples, longest in self.shapes])
+        return [part.reshape(shape) for part, shape in zip(np.split(values, ends[:-1]), self.shapes, strict=True)]
+
+
+def _cells(layout: SequenceLayout, tokens: np.ndarray) -> _Cells:
+    """The visible ones of `tokens`, ascending places in the layout, in two batches: of the shorter half of the samples
+    and of the longer.
+
+    Samples that see nothing are in none: their softmax would be undefined.
     """
-    lengths, visible = torch.tensor(layout.sample_lengths), torch.tensor(layout.visible_lengths)
-    ends = lengths.cumsum(0)
-    sample = torch.bucketize(tokens, ends, right=True)
+    lengths, visible = np.array(layout.sample_lengths), np.array(layout.visible_lengths)
+    ends = lengths.cumsum()
+    sample = np.searchsorted(ends, tokens, side="right")
     place = tokens - (ends - lengths)[sample]
-    rows = (place < visible[sample]).nonzero()[:, 0]
+    rows = np.flatnonzero(place < visible[sample])
     sample, place = sample[rows], place[rows]
-    counts = sample.bincount(minlength=len(lengths))
-    column = torch.arange(len(rows)) - (counts.cumsum(0) - counts)[sample]
+    counts = np.bincount(sample, minlength=len(lengths))
+    column = np.arange(len(rows)) - (counts.cumsum() - counts)[sample]
 
-    by_length = visible.argsort(stable=True)[int((visible == 0).sum()) :]
-    shapes, num_cells, first_cell = [], 0, torch.zeros_like(counts)
-    for samples in by_length.chunk(2):
+    by_length = visible.argsort(kind="stable")[np.count_nonzero(visible == 0) :]
+    half = -(-len(by_length) // 2)
+    shapes, num_cells, first_cell = [], 0, np.zeros_like(counts)
+    for samples in filter(len, (by_length[:half], by_length[half:])):
         shape = len(samples), int(counts[samples].max())
-        first_cell[samples] = num_cells + shape[1] * torch.arange(len(samples))
-        shapes.append(torch.empty(shape, dtype=torch.bool))
+        first_cell[samples] = num_cells + shape[1] * np.arange(len(samples))
+        shapes.append(shape)
         num_cells += shape[0] * shape[1]
     cells = first_cell[sample] + column
-    gather, place_of_cell = torch.zeros(2, num_cells, dtype=torch.long)
-    gather[cells], place_of_cell[cells] = rows, place
-    whole = len(rows) == row_length
-    return _Padded(tuple(shapes), gather, cells, None if whole else rows), place_of_cell
+    token_of_cell, place_of_cell = np.zeros((2, num_cells), dtype=np.int64)
+    token_of_cell[cells], place_of_cell[cells] = rows, place
+    return _Cells(shapes, token_of_cell, place_of_cell, rows, cells)
+
+
+def _padded(cells: _Cells, row_length: int, device: torch.device) -> _Padded:
+    shapes = tuple(torch.empty(shape, dtype=torch.bool, device=device) for shape in cells.shapes)
+    whole = len(cells.rows) == row_length
+    gather, index, rows = (
+        None if array is None else torch.from_numpy(array).to(device, non_blocking=True)
+        for array in (cells.token, cells.cells, None if whole else cells.rows)
+    )
+    assert gather is not None
+    assert index is not None
+    return _Padded(shapes, gather, index, rows)
