@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from flextok.flow_matching.sampling import GuidanceScale
 from flextok.model.data_dict import DataDict, Generators
+from flextok.model.preprocessors.dropout_sampler import DropoutSampler
 from flextok.utils.checkpoint import check_file_fits, instantiate_parts, load_safetensors, sanitize_hydra_config
 from flextok.utils.export import export_model
 
@@ -127,7 +128,13 @@ class FlexTok(nn.Module):
         return self.decoder(self.flow_matching_noise_module(self.encode(data_dict)))
 
     def tokenize(self, images: Tensor) -> list[Tensor]:
-        """Images `[batch, channels, height, width]` in [-1, 1] to ids, one `[1, tokens]` int64 per image."""
+        """Images `[batch, channels, height, width]` in [-1, 1] to ids, one `[1, tokens]` int64 per image.
+
+        Raises:
+            ValueError: the model is in training mode, and its encoder then leaves out what the decoder will drop.
+        """
+        if self.training and any(isinstance(module, DropoutSampler) for module in self.encoder.modules()):
+            raise ValueError("tokenize in training mode would lack the tokens past keep_k: call model.eval() first")
         data_dict = self.encode({self.vae.images_read_key: images.split(1)})
         return list(data_dict[self.token_write_key])
 

@@ -375,6 +375,13 @@ def test_evaluation_encodes_all_registers_whatever_training_left_in_the_dictiona
     assert all(torch.equal(a, b) for a, b in zip(after["tokens"], fresh["tokens"], strict=True))
 
 
+def test_ids_are_refused_in_training_mode_where_some_would_be_missing():
+    model, images = small_tokenizer("packed"), torch.zeros(1, 3, 8, 8)
+    with pytest.raises(ValueError, match="call model.eval"):
+        model.train().tokenize(images)
+    assert model.eval().tokenize(images)[0].shape == (1, REGISTERS)
+
+
 def test_an_encoder_whose_tokens_all_see_each_other_leaves_none_out():
     with pytest.raises(
         InstantiationException, match="sampled_keep_k_read_key='sampled_keep_k'.*give null, or mask_mode=causal_last"
