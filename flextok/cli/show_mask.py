@@ -5,7 +5,8 @@
   flextok show-mask runs/digits/2025-01-31_12-00-00 --part encoder         a run, or a checkpoint
 
 The modules of the model run up to the packer that states the mask, over shapes alone: no weight is read, so the
-largest model takes seconds, too. Without --keep-k all registers are kept. Overrides stand before the options.
+largest model takes seconds, too. Without --keep-k all registers are kept; with it the mask is that of training, whose
+encoder leaves the others out. Overrides stand before the options.
 """
 
 import argparse
@@ -101,6 +102,7 @@ def trunk_mask(
     import torch
 
     from flextok.cli.module_table import PARTS
+    from flextok.model.preprocessors.dropout_sampler import DropoutSampler
     from flextok.model.preprocessors.flex_seq_packing import BlockWiseSequencePacker
     from flextok.model.preprocessors.nested_dropout_seq_packer import NestedDropoutSequencePacker
 
@@ -111,7 +113,8 @@ def trunk_mask(
     if packer_name is None:
         raise ValueError(f"the {part} has no packer (BlockWiseSequencePacker), so no module states its mask")
     eval_keys = [module.eval_keep_k_read_key for module in modules.values() if hasattr(module, "eval_keep_k_read_key")]
-    if keep_ks is not None and not eval_keys:
+    samplers = [module for module in modules.values() if isinstance(module, DropoutSampler)]
+    if keep_ks is not None and not (eval_keys or samplers):
         raise ValueError(f"--keep-k: the {part} has no nested dropout, all its registers are kept")
     kept = None if keep_ks is None else _one_per_sample(keep_ks, batch)
 
@@ -130,6 +133,9 @@ def trunk_mask(
             data = _build(config[before])(data)
         for module in modules.values():
             data = module(data)
+            if kept is not None and module in samplers:
+                # In training it draws them.
+                data[module.sampled_keep_k_write_key] = kept
             if module is packer:
                 break
     return TrunkMask(packer_name, packer.input_list_read_keys, data[packer.block_mask_write_key], kept)

@@ -61,6 +61,12 @@ def test_the_encoder_sees_the_image_and_earlier_registers(capsys):
     assert segments == {"patches": (0, 3), "registers": (4, 19)}
 
 
+def test_in_training_the_encoder_leaves_out_what_the_decoder_will_drop(capsys):
+    _, mask, segments = everything(capsys, *TINY, "--part", "encoder", "--keep-k", "3")
+    assert torch.equal(mask, SequenceLayout(((4, 3),), mode="causal_last").dense_mask())
+    assert segments == {"patches": (0, 3), "registers kept": (4, 6)}
+
+
 def test_samples_share_a_row_and_do_not_see_each_other(capsys):
     padded = "model.decoder.module_dict.dec_seq_packer.pad_to_multiple=32"
     _, mask, segments = everything(
@@ -113,7 +119,10 @@ def test_the_mask_of_an_exported_model(capsys):
         (["--keep-k", "1,2"], "--keep-k has 2 numbers for a batch of 1; valid: one for all samples, or one for each"),
         (["--batch", "0"], "--batch 0: valid is 1 sample or more"),
         (["--budget", "0"], "budget=0; valid: 1 position or more"),
-        (["--part", "encoder", "--keep-k", "1"], "--keep-k: the encoder has no nested dropout"),
+        (
+            ["~model.encoder.module_dict.enc_dropout_sampler", "--part", "encoder", "--keep-k", "1"],
+            "--keep-k: the encoder has no nested dropout",
+        ),
         (["~model.encoder.module_dict.enc_seq_packer", "--part", "encoder"], "the encoder has no packer"),
         (["model.decoder.module_dict.dec_from_latents.read_key=unheard_of"], "'unheard_of' is read by"),
         (["model=tinny"], "tinny"),
