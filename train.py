@@ -1,15 +1,19 @@
 """Train a tokenizer: `python train.py experiment=digits`; every option of `configs/` can be overridden."""
 
+import sys
+
 import hydra
 from omegaconf import DictConfig
 
 from flextok.config import check_config, register_resolvers, run_command
+from flextok.training.distributed import announce_run_folder, join_run_folder
 
 
 @hydra.main(config_path="configs", config_name="train", version_base="1.3")
 def main(cfg: DictConfig) -> float | None:
     """Return the validation loss, for sweepers."""
     check_config(cfg)
+    announce_run_folder()
     from flextok.training.run import run  # Takes seconds: `--help` and mistakes should not wait for it.
 
     return run(cfg).get("val/flow_loss")
@@ -17,4 +21,5 @@ def main(cfg: DictConfig) -> float | None:
 
 if __name__ == "__main__":
     register_resolvers()
+    sys.argv += join_run_folder()
     run_command(main)

@@ -1,0 +1,118 @@
+"""Several processes, one run: the folder they share, and launches that would go wrong without a word.
+
+Lightning starts the other processes of a machine itself and hands them the folder. `torchrun` starts all of them at
+once: there rank 0 chooses the folder, and the others are told.
+"""
+
+import os
+from datetime import timedelta
+from typing import TYPE_CHECKING, Any
+
+from hydra.core.hydra_config import HydraConfig
+from hydra.types import RunMode
+
+if TYPE_CHECKING:
+    from lightning import Trainer
+    from lightning.pytorch.strategies import DDPStrategy
+    from torch.distributed import TCPStore
+
+# How long the others wait for rank 0 to have read its config.
+PATIENCE = timedelta(minutes=5)
+
+
+def ddp_strategy(**options: Any) -> "DDPStrategy":
+    """Lightning's `DDPStrategy`, which leaves buffers alone: ours are constants.
+
+    Sending them before each forward costs time, and where one rank validates a batch more than another nobody answers.
+    """
+    from inspect import signature
+
+    from lightning.pytorch.strategies import DDPStrategy
+    from torch.nn.parallel import DistributedDataParallel
+
+    names = ("forward_sync_buffers", "broadcast_buffers")  # The second is the older name.
+    options[next(name for name in names if name in signature(DistributedDataParallel).parameters)] = False
+    return DDPStrategy(**options)
+
+
+def join_run_folder() -> list[str]:
+    """The overrides by which a process of `torchrun` joins the run of rank 0, which it waits for; none elsewhere.
+
+    They are those that Lightning gives to the processes it starts: the folder, a log file of their own, no second
+    copy of the config. Call it before Hydra makes a folder.
+    """
+    if not _is_under_torchrun() or _rank() == 0:
+        return []
+    folder = _meeting_place().get(_key()).decode()
+    quoted = folder.replace("\\", "\\\\").replace("'", "\\'")
+    return [f"hydra.run.dir='{quoted}'", f"hydra.job.name=train_rank_{_rank()}", "hydra.output_subdir=null"]
+
+
+def announce_run_folder() -> None:
+    """Tell the other processes of `torchrun`, if there are any, which folder rank 0 has made."""
+    if _is_under_torchrun() and _rank() == 0 and HydraConfig.get().mode == RunMode.RUN:
+        _meeting_place().set(_key(), HydraConfig.get().runtime.output_dir)
+
+
+def check_launch(trainer: "Trainer") -> None:
+    """Refuse launches in which processes would not work together.
+
+    Raises:
+        ValueError: a sweep with several processes per run, or a `torchrun` with more processes than the trainer uses.
+    """
+    devices, nodes = trainer.num_devices, trainer.num_nodes
+    if devices * nodes > 1 and HydraConfig.initialized() and HydraConfig.get().mode == RunMode.MULTIRUN:
+        # Each process would read the same command line and start the whole sweep.
+        raise ValueError(
+            f"trainer.devices={devices} with trainer.num_nodes={nodes} cannot be used in a sweep (-m), where every "
+            "process would start all runs; valid: one command per run, such as a loop of the shell over its values, "
+            "or trainer.devices=1"
+        )
+    started = int(os.environ["WORLD_SIZE"]) if _is_under_torchrun() else devices * nodes
+    if started != devices * nodes:
+        raise ValueError(
+            f"torchrun started {started} processes, but trainer.devices={devices} with trainer.num_nodes={nodes} "
+            f"makes {devices * nodes}; valid: trainer=ddp, ddp_cpu or multi_node, with trainer.devices the "
+            "--nproc-per-node and trainer.num_nodes the --nnodes of torchrun"
+        )
+
+
+def check_one_folder(folder: str) -> None:
+    """Refuse processes that would write into different folders; call it on every rank.
+
+    Raises:
+        ValueError: the ranks do not agree, as when each machine took the time of its own start for a name.
+    """
+    import torch.distributed as dist
+
+    if not (dist.is_available() and dist.is_initialized()):
+        return
+    folders: list[str] = [""] * dist.get_world_size()
+    dist.all_gather_object(folders, folder)
+    if len(set(folders)) > 1:
+        raise ValueError(
+            f"paths.run={folder!r} is not the folder of all {len(folders)} processes (rank 0 has {folders[0]!r}); "
+            "valid: the same hydra.run.dir=<folder> in every command, or start them with torchrun"
+        )
+
+
+def _is_under_torchrun() -> bool:
+    return "TORCHELASTIC_RUN_ID" in os.environ
+
+
+def _rank() -> int:
+    return int(os.environ["RANK"])
+
+
+def _key() -> str:
+    # After a failure torchrun starts all processes again: they must not join the folder of the failed attempt.
+    return f"flextok/run_folder/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}"
+
+
+def _meeting_place() -> "TCPStore":
+    # Takes seconds to import: nobody but torchrun waits for it.
+    from torch.distributed import TCPStore
+
+    # The agent of torchrun on the first machine keeps this store; all of its processes can reach it.
+    host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    return TCPStore(host, port, is_master=False, timeout=PATIENCE)
