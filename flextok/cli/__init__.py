@@ -18,6 +18,7 @@ from flextok import __version__
 COMMANDS = {
     "describe": "print every module of a model: keys it reads and writes, parameters, shapes",
     "export": "write a trained model as model.safetensors and config.json",
+    "latents": "encode a data set with the VAE once, so that training need not",
     "show-mask": "show which tokens of a model attend to which, as text and as a picture",
 }
 

@@ -1,5 +1,6 @@
 """Images of a folder of one's own: JPEG, PNG and WebP files at any depth."""
 
+from hashlib import blake2b
 from pathlib import Path
 
 import torch
@@ -95,7 +96,7 @@ class FolderImages(ImageDataset):
         for offset in range(len(self)):
             sample = self._sample((number + offset) % len(self))
             if sample is not None:
-                return self._flip(sample, epoch, number)
+                return self._flip(sample) if self._draw(epoch, number) else sample
         raise ValueError(f"none of the {len(self)} training images in data.root={self.files.root} can be read")
 
     def _sample(self, number: int) -> Sample | None:
@@ -106,10 +107,26 @@ class FolderImages(ImageDataset):
         square = resize_shorter_center_crop(image, self.image_size)
         return {"image": to_tensor(square), "key": self.files.paths[file]}
 
-    def _flip(self, sample: Sample, epoch: int, number: int) -> Sample:
+    def variant(self, number: int, variant: int) -> Sample | None:
+        """The image itself or mirrored: a draw by seed and key for the first variant, and in turn for the others."""
+        sample = self._sample(number)
+        # Two variants are never equal, as two draws might be.
+        if sample is None or not self.flip or self._draw(sample["key"]) == bool(variant % 2):
+            return sample
+        return self._flip(sample)
+
+    def fingerprint(self) -> str:
+        """Depends on the paths of the files and their order."""
+        paths = "\0".join(self.files.paths[file] for file in self.numbers)
+        return blake2b(paths.encode("utf-8", "surrogateescape"), digest_size=16).hexdigest()
+
+    def _draw(self, *parts: int | str) -> bool:
+        """Whether to mirror what these parts name."""
         if not self.flip:
-            return sample
-        generator = torch.Generator().manual_seed(mixed_seed("flip", self.seed, epoch, number))
-        if torch.rand((), generator=generator) < 0.5:
-            return sample
+            return False
+        generator = torch.Generator().manual_seed(mixed_seed("flip", self.seed, *parts))
+        return bool(torch.rand((), generator=generator) >= 0.5)
+
+    @staticmethod
+    def _flip(sample: Sample) -> Sample:
         return {"image": sample["image"].flip(-1), "key": sample["key"]}

@@ -1,4 +1,4 @@
-"""What a dataset gives for one image, and what a loader gives for a batch of them."""
+"""What a dataset gives for one image or its latents, and what a loader gives for a batch of them."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
@@ -26,7 +26,21 @@ class Batch(TypedDict):
     key: list[str]
 
 
-class ImageDataset(Dataset[Sample | None], ABC):
+class LatentSample(TypedDict):
+    """The latents of one image in place of the image, scaled as the model reads them, and its id."""
+
+    latents: Float[Tensor, "channels height width"]
+    key: str
+
+
+class LatentBatch(TypedDict):
+    """Latents, and one key each."""
+
+    latents: Float[Tensor, "batch channels height width"]
+    key: list[str]
+
+
+class ImageDataset(Dataset[Sample | LatentSample | None], ABC):
     """A map-style dataset. `None` stands for an image that cannot be read; train sets never give it.
 
     An index is a plain number or `(epoch, number)`; random augmentation is derived from both.
@@ -36,7 +50,18 @@ class ImageDataset(Dataset[Sample | None], ABC):
     def __len__(self) -> int: ...
 
     @abstractmethod
-    def __getitem__(self, index: Index) -> Sample | None: ...
+    def __getitem__(self, index: Index) -> Sample | LatentSample | None: ...
+
+    def variant(self, number: int, variant: int) -> Sample | LatentSample | None:
+        """One of any number of augmentations of a sample, always the same; `None` if it cannot be read.
+
+        Unlike an epoch of training, no other sample takes the place of one that cannot be read.
+        """
+        return self[variant, number]
+
+    def fingerprint(self) -> str:
+        """What tells this data set from one of the same settings and length, as far as that is known."""
+        return ""
 
 
 def collate(samples: Sequence[Sample | None]) -> Batch | None:
@@ -47,6 +72,14 @@ def collate(samples: Sequence[Sample | None]) -> Batch | None:
     return {
         "image": torch.stack([sample["image"] for sample in readable]),
         "key": [sample["key"] for sample in readable],
+    }
+
+
+def collate_latents(samples: Sequence[LatentSample]) -> LatentBatch:
+    """Stack latents; there are none that cannot be read."""
+    return {
+        "latents": torch.stack([sample["latents"] for sample in samples]),
+        "key": [sample["key"] for sample in samples],
     }
 
 

@@ -13,11 +13,14 @@ from torch import Tensor
 from flextok.flextok_wrapper import FlexTok
 from flextok.model.keep_k import default_keep_ks
 from flextok.pictures import image_grid, save_image
-from flextok.reconstruct import decode_tokens, encode_images
+from flextok.reconstruct import Encoded, decode_latents, decode_tokens, encode_images
+from flextok.training.validation import encode_batch
 
 
 class ReconstructionPictures(Callback):
     """Writes `step_<n>.png`: a row of originals, then one row per `keep_k`; also to loggers that take images.
+
+    Where the data are latents, the first row is what the VAE makes of them.
 
     The images, and the noise their decoding starts from, are the same at every validation.
     """
@@ -37,11 +40,12 @@ class ReconstructionPictures(Callback):
         self.num_images = num_images
         self.seed = seed
         self.decode_options = {"timesteps": timesteps, "guidance_scale": guidance_scale}
-        self._images: list[Tensor] = []
+        self._entries: list[Tensor] = []
         self._keys: list[str] = []
+        self._kind = "image"
 
     def on_validation_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._images, self._keys = [], []
+        self._entries, self._keys = [], []
 
     def on_validation_batch_end(
         self,
@@ -54,7 +58,8 @@ class ReconstructionPictures(Callback):
     ) -> None:
         missing = self.num_images - len(self._keys)
         if missing > 0 and trainer.is_global_zero:
-            self._images.extend(batch["image"][:missing].split(1))
+            self._kind = "image" if "image" in batch else "latents"
+            self._entries.extend(batch[self._kind][:missing].split(1))
             self._keys.extend(batch["key"][:missing])
 
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: Any) -> None:
@@ -63,10 +68,13 @@ class ReconstructionPictures(Callback):
             return
         model: FlexTok = pl_module.model
         keep_ks = self.keep_ks or default_keep_ks(model.num_registers)
-        images = torch.cat(self._images)
-        rows = reconstructions(model, images, self._keys, keep_ks=keep_ks, seed=self.seed, **self.decode_options)
+        batch = {self._kind: torch.cat(self._entries), "key": self._keys}
+        encoded = encode_batch(model, batch, seed=self.seed)
+        originals = self._kind == "image"
+        first = torch.cat(self._entries) if originals else decode_latents(model, encoded)
+        rows = encoded_reconstructions(model, encoded, keep_ks=keep_ks, seed=self.seed, **self.decode_options)
         labelled = {f"{keep_k} of {model.num_registers}": row for keep_k, row in zip(keep_ks, rows, strict=True)}
-        grid = image_grid({"original": images, **labelled})
+        grid = image_grid({"original" if originals else "latents": first, **labelled})
         save_image(grid, self.folder / f"step_{trainer.global_step:06d}.png")
         picture = np.asarray(grid)
         for logger in trainer.loggers:
@@ -87,4 +95,11 @@ def reconstructions(
 ) -> list[Tensor]:
     """Return one batch `[batch, 3, height, width]` per `keep_k`; each starts from the same noise."""
     encoded = encode_images(model, images, keys, seed=seed)
+    return encoded_reconstructions(model, encoded, keep_ks=keep_ks, seed=seed, **decode_options)
+
+
+def encoded_reconstructions(
+    model: FlexTok, encoded: Encoded, *, keep_ks: Sequence[int], seed: int, **decode_options: Any
+) -> list[Tensor]:
+    """`reconstructions` of what the encoder has seen already."""
     return [decode_tokens(model, encoded, keep_k=keep_k, seed=seed, **decode_options) for keep_k in keep_ks]

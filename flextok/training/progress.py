@@ -60,7 +60,7 @@ class TrainingPace(Callback):
             self._start = (now, step)
         elif is_logged(trainer) and step > self._start[1]:
             steps_per_second = (step - self._start[1]) / (now - self._start[0])
-            images = len(batch["image"]) * trainer.accumulate_grad_batches * trainer.world_size
+            images = len(batch["key"]) * trainer.accumulate_grad_batches * trainer.world_size
             pl_module.log("train/steps_per_second", steps_per_second)
             pl_module.log("train/images_per_second", steps_per_second * images)
             self._start = (now, step)

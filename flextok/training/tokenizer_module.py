@@ -13,7 +13,7 @@ from flextok.model.data_dict import RNG_KEY, DataDict
 from flextok.model.keep_k import default_keep_ks
 from flextok.training.progress import log_interval
 from flextok.training.randomness import training_generator
-from flextok.training.validation import flow_losses
+from flextok.training.validation import encode_batch, encoded_flow_losses, model_inputs
 
 Objective = Callable[[FlexTok, DataDict], dict[str, Tensor]]
 
@@ -21,7 +21,8 @@ Objective = Callable[[FlexTok, DataDict], dict[str, Tensor]]
 class TokenizerModule(LightningModule):
     """Optimises a FlexTok against an objective; knows neither how it was built nor how it is judged.
 
-    A batch is `{"image": [batch, 3, height, width] in [-1, 1], "key": list of strings}`.
+    A batch is `{"image": [batch, 3, height, width] in [-1, 1], "key": list of strings}`, or has `"latents"`,
+    `[batch, c, h, w]`, in place of the images: the VAE then encodes nothing.
     """
 
     def __init__(
@@ -44,26 +45,25 @@ class TokenizerModule(LightningModule):
         self.num_sigmas = num_sigmas
 
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
-        images = batch["image"]
         rng = training_generator(
             self.seed,
             step=self.trainer.global_step,
             micro_batch=batch_idx % self.trainer.accumulate_grad_batches,
             rank=self.global_rank,
         )
-        losses = self.objective(self.model, {self.model.vae.images_read_key: images.split(1), RNG_KEY: rng})
+        losses = self.objective(self.model, {**model_inputs(self.model, batch), RNG_KEY: rng})
         names = {"total": "train/loss"}
         self.log_dict({names.get(name, f"train/{name}"): loss.detach() for name, loss in losses.items()})
         return losses["total"]
 
     def validation_step(self, batch: dict[str, Any], batch_idx: int) -> None:
-        images, keys = batch["image"], batch["key"]
-        losses = flow_losses(
-            self.model, images, keys, keep_ks=self.keep_ks, num_sigmas=self.num_sigmas, seed=self.seed
+        encoded = encode_batch(self.model, batch, seed=self.seed)
+        losses = encoded_flow_losses(
+            self.model, encoded, keep_ks=self.keep_ks, num_sigmas=self.num_sigmas, seed=self.seed
         ).mean(1)
         named = {f"val/flow_loss_k{k}": loss for k, loss in zip(self.keep_ks, losses, strict=True)}
         named["val/flow_loss"] = losses.mean()
-        self.log_dict(named, batch_size=len(keys), sync_dist=True)
+        self.log_dict(named, batch_size=len(encoded.keys), sync_dist=True)
 
     def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
         # The loggers look at these numbers after the step, when it has been counted.

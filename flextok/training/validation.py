@@ -3,14 +3,15 @@
 The training loss cannot: it averages over whatever `keep_k`, noise and times a step happened to draw.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from flextok.flextok_wrapper import FlexTok
 from flextok.flow_matching.path import interpolate
-from flextok.model.data_dict import DataDict
+from flextok.model.data_dict import RNG_KEY, DataDict
 from flextok.model.packed_list import PackedList
 from flextok.reconstruct import Encoded, encode_images
 from flextok.seeding import image_generators
@@ -20,23 +21,64 @@ from flextok.training.objective import velocity_errors
 def flow_losses(
     model: FlexTok, images: Tensor, keys: Sequence[str], *, keep_ks: Sequence[int], num_sigmas: int, seed: int
 ) -> Tensor:
+    """Flow loss `[len(keep_ks), batch]` of images `[batch, 3, H, W]`; see `encoded_flow_losses`."""
+    encoded = encode_images(model, images, keys, seed=seed)
+    return encoded_flow_losses(model, encoded, keep_ks=keep_ks, num_sigmas=num_sigmas, seed=seed)
+
+
+def encoded_flow_losses(
+    model: FlexTok, encoded: Encoded, *, keep_ks: Sequence[int], num_sigmas: int, seed: int
+) -> Tensor:
     """Flow loss `[len(keep_ks), batch]` of a model in eval mode.
 
     Each image meets `num_sigmas` noise levels, one drawn in each of as many equal parts of [0, 1].
     """
-    encoded = encode_images(model, images, keys, seed=seed)
     clean = encoded.latents
-    generators = image_generators(seed, keys, stream="flow_loss")
-    losses = images.new_zeros((len(keep_ks), len(keys)), dtype=torch.float32)
+    device = clean[0].device
+    generators = image_generators(seed, encoded.keys, stream="flow_loss")
+    losses = torch.zeros(len(keep_ks), len(clean), device=device)
     for part in range(num_sigmas):
         noise, positions = _draw(clean, generators)
-        sigmas = (part + positions.to(images.device)) / num_sigmas
+        sigmas = (part + positions.to(device)) / num_sigmas
         triples = zip(clean, noise, sigmas.split(1), strict=True)
         noised = PackedList.pack([interpolate(c, n, sigma) for c, n, sigma in triples])
         for row, keep_k in enumerate(keep_ks):
             predicted = _decode_once(model, encoded, noised, sigmas, keep_k)
             losses[row] += velocity_errors(model, predicted, noise) / num_sigmas
     return losses
+
+
+def encode_batch(model: FlexTok, batch: Mapping[str, Any], *, seed: int) -> Encoded:
+    """Tokens of a batch of a data module, whether it holds images or latents.
+
+    Raises:
+        ValueError: see `model_inputs`.
+    """
+    if "image" in batch:
+        return encode_images(model, batch["image"], batch["key"], seed=seed)
+    data = model.encode({**model_inputs(model, batch), RNG_KEY: image_generators(seed, batch["key"], stream="encode")})
+    return Encoded(
+        keys=list(batch["key"]),
+        tokens=list(data[model.token_write_key]),
+        quants=list(data[model.quants_write_key]),
+        latents=list(data[model.vae.vae_latents_write_key]),
+    )
+
+
+def model_inputs(model: FlexTok, batch: Mapping[str, Any]) -> DataDict:
+    """The dictionary a model starts from: the images of a batch, or its latents in place of them.
+
+    Raises:
+        ValueError: The batch holds latents, and the model would encode images all the same.
+    """
+    if "image" in batch:
+        return {model.vae.images_read_key: batch["image"].split(1)}
+    if model.vae.force_vae_encode:
+        raise ValueError(
+            "model.vae.force_vae_encode=true: the VAE would encode images, but the data are latents; "
+            "valid: false, which data=latents sets"
+        )
+    return {model.vae.vae_latents_write_key: batch["latents"].split(1)}
 
 
 def _draw(clean: Sequence[Tensor], generators: list[torch.Generator]) -> tuple[list[Tensor], Tensor]:

@@ -17,8 +17,8 @@ def build(name, *overrides):
         return instantiate(compose(overrides=["+seed=3", f"+data={name}", *overrides]).data)
 
 
-@pytest.mark.parametrize("name", sorted(path.stem for path in CONFIGS.glob("data/*.yaml")))
-def test_every_config_gives_batches(tmp_path, name):
+@pytest.mark.parametrize("name", sorted({path.stem for path in CONFIGS.glob("data/*.yaml")} - {"latents"}))
+def test_every_config_of_images_gives_batches(tmp_path, name):
     write_images(tmp_path, 40)
     overrides = [f"data.root={tmp_path}", "data.image_size=16"] if name == "image_folder" else []
     data = build(name, "data.num_workers=0", *overrides)
