@@ -140,7 +140,8 @@ def _check_start(cfg: DictConfig) -> None:
         refuse("init_from", init_from, "a .safetensors file (to continue a run use ckpt_path)")
     theirs = _stored_levels(Path(init_from).expanduser())
     ours = setting(cfg, "model.regularizer.levels")
-    if theirs is not None and ours is not None and list(theirs) != list(ours):
+    starts_anew = setting(cfg, "initialize.fresh")
+    if theirs is not None and ours is not None and list(theirs) != list(ours) and not starts_anew:
         raise ValueError(
             f"init_from={init_from!r} was trained with FSQ levels {list(theirs)}, "
             f"but model.regularizer.levels is {list(ours)}; valid: the same levels, size.levels={_as_override(theirs)}"

@@ -10,6 +10,7 @@ from omegaconf import OmegaConf
 
 from flextok.config import CONFIG_FOLDER, check_config, compose
 from tests.training.support import SMALL, small_config
+from tests.training.test_recipes import RECIPES
 
 PROGRAMS = ("train", "eval")
 FILES = sorted(path.relative_to(CONFIG_FOLDER) for path in CONFIG_FOLDER.rglob("*.yaml"))
@@ -61,7 +62,7 @@ def test_an_experiment_opens_with_its_question_and_command(path):
     assert any(line.startswith(f"# Run:      python train.py experiment={path.stem}") for line in lines)
 
 
-@pytest.mark.parametrize("option", [p.stem for p in OPTIONS if str(p.parent) == "experiment"])
+@pytest.mark.parametrize("option", [p.stem for p in OPTIONS if str(p.parent) == "experiment" and p.stem not in RECIPES])
 @pytest.mark.parametrize("dropout", [p.stem for p in OPTIONS if str(p.parent) == "dropout"])
 def test_every_experiment_builds_with_every_dropout(option, dropout):
     import hydra

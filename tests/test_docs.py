@@ -6,6 +6,7 @@ import shutil
 import subprocess
 import sys
 from importlib import import_module
+from itertools import dropwhile
 from pathlib import Path
 
 import pytest
@@ -121,6 +122,15 @@ def run_benchmark(arguments, caplog):
     assert all(option in done.stdout for option in options if option.startswith("--"))
 
 
+def run_torchrun(arguments, caplog):
+    """Not launched: torchrun knows the options, and what they launch is checked as if it ran alone."""
+    from torch.distributed.run import parse_args
+
+    parsed = parse_args(arguments)
+    assert parsed.training_script == "train.py"
+    run_train(parsed.training_script_args, caplog)
+
+
 def run_make(arguments, caplog):
     makefile = (REPOSITORY / "Makefile").read_text()
     for word in arguments:
@@ -133,11 +143,13 @@ COMMANDS = {
     ("python", "eval.py"): run_eval,
     ("python", "-m", "flextok"): run_flextok,
     ("python", "-m"): run_benchmark,
+    ("torchrun",): run_torchrun,
     ("make",): run_make,
 }
 
 
 def run_command(words, caplog):
+    words = list(dropwhile(lambda word: re.match(r"[A-Z_]+=", word), words))  # variables of the environment
     for start, runner in COMMANDS.items():
         if tuple(words[: len(start)]) == start:
             return runner(words[len(start) :], caplog)

@@ -1,24 +1,61 @@
-"""What training minimises: the squared error of the predicted velocity."""
+"""What training minimises: the squared error of the predicted velocity, and terms beside it."""
 
 from collections.abc import Sequence
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from flextok.flextok_wrapper import FlexTok
 from flextok.flow_matching.path import target_velocity
 from flextok.model.data_dict import DataDict
 from flextok.model.packed_list import PackedList
+from flextok.training.repa import RepaTerm
 
 
-class RectifiedFlowObjective:
-    """Rectified flow: the velocity from data to noise is their difference, at every time."""
+class RectifiedFlowObjective(nn.Module):
+    """Rectified flow: the velocity from data to noise is their difference, at every time.
 
-    def __call__(self, model: FlexTok, data: DataDict) -> dict[str, Tensor]:
-        """Run one training forward; `total` is the mean over samples of the mean squared error of each."""
-        data = model(data)
-        noise = data[model.flow_matching_noise_module.noise_write_key]
-        return {"total": velocity_errors(model, data, noise).mean()}
+    An image is encoded once and decoded from a random prefix of its tokens, from all of them, or from both, each with
+    its own noise and time. `total` is the mean of these passes by their weights; a pass's loss is the mean over samples
+    of the mean squared error of each, plus REPA where there is one.
+    """
+
+    def __init__(self, *, prefix_weight: float = 1.0, full_weight: float = 0.0, repa: RepaTerm | None = None) -> None:
+        """A weight of 0 leaves a pass out. With full length, no encoder module may leave out registers past `keep_k`.
+
+        Raises ValueError for a negative weight, or if both are 0.
+        """
+        super().__init__()
+        if min(prefix_weight, full_weight) < 0 or prefix_weight + full_weight == 0:
+            raise ValueError(
+                f"objective.prefix_weight={prefix_weight} and objective.full_weight={full_weight} cannot be used; "
+                "valid: numbers from 0 on, not both 0"
+            )
+        self.prefix_weight = prefix_weight
+        self.full_weight = full_weight
+        self.repa = repa
+
+    def forward(self, model: FlexTok, data: DataDict) -> dict[str, Tensor]:
+        """Run one training forward; beside `total` come its parts, if there are several.
+
+        Raises ValueError if the model cannot decode at full length but is asked to.
+        """
+        encoded = model.encode(data)
+        passes: dict[str, tuple[float, DataDict]] = {}
+        if self.full_weight > 0:
+            passes["full"] = self.full_weight, _decode(model, _at_full_length(model, encoded))
+        if self.prefix_weight > 0:
+            passes["prefix"] = self.prefix_weight, _decode(model, encoded)
+        weights = [weight / sum(weight for weight, _ in passes.values()) for weight, _ in passes.values()]
+        noise_key = model.flow_matching_noise_module.noise_write_key
+        flows = [velocity_errors(model, decoded, decoded[noise_key]).mean() for _, decoded in passes.values()]
+        total = _weighted(weights, flows)
+        losses = {f"flow_{name}": flow for name, flow in zip(passes, flows, strict=True)}
+        if self.repa is not None:
+            repa = _weighted(weights, self.repa(_images(model, data), [decoded for _, decoded in passes.values()]))
+            losses["repa"] = repa
+            total = total + self.repa.weight * repa
+        return {"total": total} | (losses if len(losses) > 1 else {})
 
 
 def velocity_errors(model: FlexTok, data: DataDict, noise: Sequence[Tensor]) -> Tensor:
@@ -35,3 +72,35 @@ def per_sample_mse(predicted: Sequence[Tensor], noise: Sequence[Tensor], clean: 
         return (p - target_velocity(c, n)).square().flatten(1).mean(1)
     rows = [per_sample_mse([p], [n], [c]) for p, n, c in zip(predicted, noise, clean, strict=True)]
     return torch.cat(rows)
+
+
+def _decode(model: FlexTok, encoded: DataDict) -> DataDict:
+    return model.decoder(model.flow_matching_noise_module(encoded))
+
+
+def _weighted(weights: Sequence[float], losses: Sequence[Tensor] | Tensor) -> Tensor:
+    return torch.stack([weight * loss for weight, loss in zip(weights, losses, strict=True)]).sum()
+
+
+def _at_full_length(model: FlexTok, encoded: DataDict) -> DataDict:
+    """A copy of the dictionary from which the decoder will read that all tokens are kept."""
+    for name, module in model.encoder.module_dict.items():
+        if getattr(module, "sampled_keep_k_read_key", None) is not None:
+            raise ValueError(
+                f"model.encoder.module_dict.{name}.sampled_keep_k_read_key={module.sampled_keep_k_read_key!r} leaves "
+                "out registers that objective.full_weight needs; valid: null, as objective=prefix_and_full sets it"
+            )
+    key = getattr(model.decoder.module_dict["dec_nested_dropout"], "sampled_keep_k_read_key", None)
+    if key is None:
+        raise ValueError(
+            "model.decoder.module_dict.dec_nested_dropout.sampled_keep_k_read_key=None always draws keep_k, so "
+            "objective.full_weight cannot keep all tokens; valid: a key, such as sampled_keep_k"
+        )
+    return {**encoded, key: list(PackedList.pack(encoded[model.quants_write_key]).num_tokens)}
+
+
+def _images(model: FlexTok, data: DataDict) -> Sequence[Tensor]:
+    key = model.vae.images_read_key
+    if key not in data:
+        raise ValueError(f"objective.repa needs images under {key!r}, but the data has only latents; leave it out")
+    return data[key]

@@ -9,20 +9,20 @@ from typing import Any
 import hydra
 import lightning
 from hydra.errors import InstantiationException
-from lightning import Callback, LightningDataModule, Trainer
+from lightning import Callback, LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.callbacks import Checkpoint, ProgressBar
 from lightning.pytorch.utilities import rank_zero_only
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from omegaconf import DictConfig, OmegaConf
 
-from flextok.flextok_wrapper import FlexTok
 from flextok.model.trunks.transformers import compile_blocks, set_attention_backend
 from flextok.training.checkpoints import check_same_weights, checkpoint_of_run, read_checkpoint
+from flextok.training.distributed import check_launch, check_one_folder
 from flextok.training.ema import CHECKPOINT_KEY, ExponentialMovingAverage
+from flextok.training.initialize import initialize_from
 from flextok.training.random_states import RandomStates
 from flextok.training.run_folder import write_run_record
 from flextok.training.tokenizer_module import TokenizerModule
-from flextok.utils.checkpoint import load_safetensors
 
 logger = logging.getLogger(__name__)
 
@@ -36,15 +36,28 @@ class TrainingRun:
     data: LightningDataModule
 
 
+class OneFolder(Callback):
+    """Stops a run whose processes would write into different folders, as soon as they can ask each other."""
+
+    def __init__(self, folder: str) -> None:
+        self.folder = folder
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        check_one_folder(self.folder)
+
+
 def run(cfg: DictConfig) -> dict[str, float]:
     """Train as the config says and return the last value of every metric.
 
     The config is not checked here: `train.py` does so before it waits for torch to be imported. From Python call
-    `flextok.config.check_config` first.
+    `flextok.config.check_config` first. With several processes each of them runs all of this: what must happen once
+    is left to rank 0.
     """
     _calm_lightning()
     resume_from = None if cfg.ckpt_path is None else checkpoint_of_run(cfg.ckpt_path)
     training = build(cfg)
+    if not training.trainer.is_global_zero:
+        logging.getLogger().setLevel(logging.WARNING)  # Once is enough to read that things go well.
     if resume_from is not None:
         _check_resume(cfg, resume_from, training.module)
     rank_zero_only(write_run_record)(Path(cfg.paths.run), cfg)
@@ -55,10 +68,10 @@ def run(cfg: DictConfig) -> dict[str, float]:
 def build(cfg: DictConfig) -> TrainingRun:
     """Assemble model, data and trainer; writes nothing."""
     trainer = _build_trainer(cfg)  # First: a missing accelerator is found before a large model is built.
+    check_launch(trainer)
     lightning.seed_everything(cfg.seed, workers=True)
     model = _instantiate(cfg.model)
-    if cfg.init_from is not None:
-        start_from(model, cfg.init_from)
+    initialize_from(cfg, model)
     set_attention_backend(model, cfg.attention.backend)
     if cfg.compile:
         compile_blocks(model)
@@ -73,14 +86,6 @@ def build(cfg: DictConfig) -> TrainingRun:
     # Plain containers: a DictConfig in a checkpoint does not load with `weights_only=True`.
     module.save_hyperparameters(OmegaConf.to_container(cfg, resolve=True))
     return TrainingRun(trainer=trainer, module=module, data=_instantiate(cfg.data))
-
-
-def start_from(model: FlexTok, path: str) -> None:
-    """Load the weights of an exported or released checkpoint, all of them."""
-    tensors = load_safetensors(path, return_metadata=False)
-    valid = "a file whose model, vae, dropout and size settings are those of this config"
-    check_same_weights(tensors, model.state_dict(), source=f"init_from={path!r}", valid=valid)
-    model.load_state_dict(tensors)
 
 
 def _calm_lightning() -> None:
@@ -105,7 +110,7 @@ def _build_trainer(cfg: DictConfig) -> Trainer:
         return _instantiate(
             cfg.trainer,
             # Not part of the config: without it a resumed run would silently not be exact.
-            callbacks=[RandomStates(cfg.seed), *callbacks],
+            callbacks=[OneFolder(cfg.paths.run), RandomStates(cfg.seed), *callbacks],
             logger=_instantiate_all(cfg.logger) or False,
             default_root_dir=cfg.paths.run,
             # False must be said: otherwise Lightning adds a bar of its own, in log files too, and checkpoints.
@@ -116,7 +121,10 @@ def _build_trainer(cfg: DictConfig) -> Trainer:
         if not isinstance(error.__cause__, MisconfigurationException | ValueError | ImportError):
             raise
         names = ("accelerator", "devices", "strategy", "precision")
-        options = ", ".join(f"trainer.{name}={cfg.trainer[name]!r}" for name in names if name in cfg.trainer)
+        chosen = {name: cfg.trainer[name] for name in names if name in cfg.trainer}
+        if isinstance(chosen.get("strategy"), DictConfig):
+            chosen["strategy"] = chosen["strategy"].get("_target_", "").rpartition(".")[2]
+        options = ", ".join(f"trainer.{name}={value!r}" for name, value in chosen.items())
         valid = "valid on every machine: trainer=auto, trainer=cpu"
         reason = str(error.__cause__).rstrip(".!")
         raise ValueError(f"{options} cannot be used together here: {reason}; {valid}") from None
@@ -135,13 +143,21 @@ def _is_chosen(node: DictConfig | None) -> bool:
 
 
 def _check_resume(cfg: DictConfig, resume_from: Path, module: TokenizerModule) -> None:
-    """Refuse another model, and say how else the run differs: a forgotten override must not be silent."""
+    """Refuse another model, and say how else the run differs: a forgotten override must not be silent.
+
+    Raises:
+        ValueError: the file holds no training checkpoint, or one of another model.
+    """
     checkpoint = read_checkpoint(resume_from)
     if "state_dict" not in checkpoint or "loops" not in checkpoint:
         raise ValueError(f"ckpt_path={str(resume_from)!r} is no training checkpoint; for weights use init_from")
     valid = "the overrides of the run that is continued"
     source = f"ckpt_path={str(resume_from)!r}"
     check_same_weights(checkpoint["state_dict"], module.state_dict(), source=source, valid=valid)
+    rank_zero_only(_report_changes)(cfg, resume_from, checkpoint)
+
+
+def _report_changes(cfg: DictConfig, resume_from: Path, checkpoint: dict[str, Any]) -> None:
     logger.info("continuing from %s at step %d", resume_from, checkpoint["global_step"])
     if checkpoint["global_step"] >= cfg.trainer.max_steps:
         logger.warning("nothing is left to do: trainer.max_steps=%d", cfg.trainer.max_steps)

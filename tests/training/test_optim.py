@@ -61,3 +61,43 @@ def test_decay_pulls_matrices_and_leaves_biases():
     optimizer.step()
     torch.testing.assert_close(module.weight, torch.full((2, 2), 1 - 0.1 * 0.5))
     torch.testing.assert_close(module.bias, torch.ones(2))
+
+
+def scaled_groups(model, **lr_scales):
+    return parameter_groups(model.named_parameters(prefix="model"), weight_decay=0.5, lr=0.1, lr_scales=lr_scales)
+
+
+def test_parts_learn_at_their_own_rates(small_model):
+    head = "decoder.module_dict.dec_from_latents"
+    groups = scaled_groups(small_model, **{"decoder": 0.5, head: 2.0})
+    assert [group.get("lr") for group in groups] == [None, None, 0.05, 0.05, 0.2, 0.2]
+    names = {id(p): name for name, p in small_model.named_parameters()}
+    by_group = [{names[id(p)] for p in group["params"]} for group in groups]
+    assert by_group[4:] == [{f"{head}.proj.weight"}, {f"{head}.proj.bias"}]
+    assert all(name.startswith("encoder.") for name in by_group[0] | by_group[1])
+    assert all(name.startswith("decoder.") for name in by_group[2] | by_group[3])
+    trained = {name for name, p in small_model.named_parameters() if p.requires_grad}
+    assert set().union(*by_group) == trained
+    assert sum(map(len, by_group)) == len(trained)
+
+
+def test_the_schedule_keeps_the_ratio_of_the_rates(small_model):
+    built = adamw_with_cosine(small_model, **OPTIONS, lr_scales={"encoder": 0.1})
+    for _ in range(3):
+        rates = [group["lr"] for group in built["optimizer"].param_groups]
+        assert rates[2:] == pytest.approx([0.1 * rates[0]] * 2)
+        built["optimizer"].step()
+        built["lr_scheduler"]["scheduler"].step()
+
+
+def test_a_rate_for_nothing_is_refused(small_model):
+    with pytest.raises(ValueError, match=r"lr_scales names 'enc', of which nothing is trained; valid: encoder"):
+        scaled_groups(small_model, enc=0.1)
+    small_model.encoder.requires_grad_(False)
+    with pytest.raises(ValueError, match=r"lr_scales names 'encoder', of which nothing is trained"):
+        scaled_groups(small_model, encoder=0.1)
+
+
+def test_a_rate_that_is_not_positive_is_refused(small_model):
+    with pytest.raises(ValueError, match=r"optimizer.lr_scales.encoder=0 cannot be used; valid: a positive number"):
+        scaled_groups(small_model, encoder=0)

@@ -8,7 +8,8 @@ from omegaconf import OmegaConf
 
 from flextok.config import check_config, compose
 from flextok.training import run as run_module
-from flextok.training.run import build, run, start_from
+from flextok.training.initialize import load_weights
+from flextok.training.run import build, run
 from tests.training.support import SMALL, largest_difference, load, small_config
 
 NOT_REPEATABLE = ("train/images_per_second", "train/steps_per_second")
@@ -186,7 +187,7 @@ def test_weights_of_another_model_are_refused(small_model, tmp_path):
     removed = state.popitem()[0]
     save_safetensors(state, tmp_path / "other.safetensors")
     with pytest.raises(ValueError, match=f"another model: 1 weights differ, such as {removed}"):
-        start_from(small_model, str(tmp_path / "other.safetensors"))
+        load_weights(small_model, str(tmp_path / "other.safetensors"))
 
 
 def test_compiled_modules_keep_their_names(tmp_path, monkeypatch):
