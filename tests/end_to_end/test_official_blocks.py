@@ -34,11 +34,12 @@ def test_an_encoder_block_trains_at_full_width():
     encoder, _ = trunks_of_depth_one("mask_token")
     (block,) = encoder.module_dict["enc_transformer"].blocks
     assert block.attn.num_heads == 12
+    encoder.module_dict["enc_dropout_sampler"].null_prob = 0.0
     latents = [latent.requires_grad_() for latent in torch.randn(2, 16, 32, 32).split(1)]
     data = encoder({"vae_latents": latents})
     layout = data["enc_block_mask"]
     assert layout.mode == "causal_last"
-    assert [list(row) for row in layout.lengths] == [[NUM_PATCHES, NUM_REGISTERS]] * 2
+    assert [list(row) for row in layout.lengths] == [[NUM_PATCHES, keep_k] for keep_k in data["sampled_keep_k"]]
     registers = torch.cat(list(data["enc_registers"]))
     assert registers.shape == (2, NUM_REGISTERS, 6)
     assert torch.isfinite(registers).all()
