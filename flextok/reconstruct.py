@@ -28,8 +28,12 @@ class Encoded:
 
 def encode_images(model: FlexTok, images: Tensor, keys: Sequence[str], *, seed: int) -> Encoded:
     """Tokens of `[B, 3, H, W]` images; `keys` name them."""
-    generators = image_generators(seed, keys, stream="encode")
-    data = model.encode({model.vae.images_read_key: list(images.split(1)), RNG_KEY: generators})
+    return encode_inputs(model, {model.vae.images_read_key: list(images.split(1))}, keys, seed=seed)
+
+
+def encode_inputs(model: FlexTok, inputs: DataDict, keys: Sequence[str], *, seed: int) -> Encoded:
+    """Tokens of a batch whose images, or latents in place of them, are in a data dictionary; `keys` name them."""
+    data = model.encode({**inputs, RNG_KEY: image_generators(seed, keys, stream="encode")})
     return Encoded(
         keys=list(keys),
         tokens=list(data[model.token_write_key]),

@@ -58,5 +58,6 @@ def test_training_shows_the_reconstructions_that_evaluation_measures(batch):
         EvaluationSettings.from_mapping({**SETTINGS, "seed": 3, "keep_ks": [2], "grid_images": len(keys)}),
         device=torch.device("cpu"),
     )
-    (shown,) = reconstructions(StubTokenizer(), images, keys, keep_ks=[2], seed=3)
+    encoded = encode_images(StubTokenizer(), images, keys, seed=3)
+    (shown,) = reconstructions(StubTokenizer(), encoded, keep_ks=[2], seed=3)
     assert torch.equal(shown, sweep.reconstructions[2])

@@ -6,7 +6,7 @@ once: there rank 0 chooses the folder, and the others are told.
 
 import os
 from datetime import timedelta
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
@@ -15,6 +15,8 @@ if TYPE_CHECKING:
     from lightning import Trainer
     from lightning.pytorch.strategies import DDPStrategy
     from torch.distributed import TCPStore
+
+T = TypeVar("T")
 
 # How long the others wait for rank 0 to have read its config.
 PATIENCE = timedelta(minutes=5)
@@ -83,17 +85,23 @@ def check_one_folder(folder: str) -> None:
     Raises:
         ValueError: the ranks do not agree, as when each machine took the time of its own start for a name.
     """
-    import torch.distributed as dist
-
-    if not (dist.is_available() and dist.is_initialized()):
-        return
-    folders: list[str] = [""] * dist.get_world_size()
-    dist.all_gather_object(folders, folder)
+    folders = of_all_ranks(folder)
     if len(set(folders)) > 1:
         raise ValueError(
             f"paths.run={folder!r} is not the folder of all {len(folders)} processes (rank 0 has {folders[0]!r}); "
             "valid: the same hydra.run.dir=<folder> in every command, or start them with torchrun"
         )
+
+
+def of_all_ranks(value: T) -> list[T]:
+    """What every rank passes, in the order of ranks; call it on all of them. One entry without other processes."""
+    import torch.distributed as dist
+
+    if not (dist.is_available() and dist.is_initialized()):
+        return [value]
+    values = [value] * dist.get_world_size()
+    dist.all_gather_object(values, value)
+    return values
 
 
 def _is_under_torchrun() -> bool:

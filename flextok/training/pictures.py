@@ -13,7 +13,7 @@ from torch import Tensor
 from flextok.flextok_wrapper import FlexTok
 from flextok.model.keep_k import default_keep_ks
 from flextok.pictures import image_grid, save_image
-from flextok.reconstruct import Encoded, decode_latents, decode_tokens, encode_images
+from flextok.reconstruct import Encoded, decode_latents, decode_tokens
 from flextok.training.validation import encode_batch
 
 
@@ -72,7 +72,7 @@ class ReconstructionPictures(Callback):
         encoded = encode_batch(model, batch, seed=self.seed)
         originals = self._kind == "image"
         first = torch.cat(self._entries) if originals else decode_latents(model, encoded)
-        rows = encoded_reconstructions(model, encoded, keep_ks=keep_ks, seed=self.seed, **self.decode_options)
+        rows = reconstructions(model, encoded, keep_ks=keep_ks, seed=self.seed, **self.decode_options)
         labelled = {f"{keep_k} of {model.num_registers}": row for keep_k, row in zip(keep_ks, rows, strict=True)}
         grid = image_grid({"original" if originals else "latents": first, **labelled})
         save_image(grid, self.folder / f"step_{trainer.global_step:06d}.png")
@@ -85,21 +85,7 @@ class ReconstructionPictures(Callback):
 
 
 def reconstructions(
-    model: FlexTok,
-    images: Tensor,
-    keys: Sequence[str],
-    *,
-    keep_ks: Sequence[int],
-    seed: int,
-    **decode_options: Any,
-) -> list[Tensor]:
-    """Return one batch `[batch, 3, height, width]` per `keep_k`; each starts from the same noise."""
-    encoded = encode_images(model, images, keys, seed=seed)
-    return encoded_reconstructions(model, encoded, keep_ks=keep_ks, seed=seed, **decode_options)
-
-
-def encoded_reconstructions(
     model: FlexTok, encoded: Encoded, *, keep_ks: Sequence[int], seed: int, **decode_options: Any
 ) -> list[Tensor]:
-    """`reconstructions` of what the encoder has seen already."""
+    """One batch of images `[batch, 3, height, width]` per `keep_k`; each starts from the same noise."""
     return [decode_tokens(model, encoded, keep_k=keep_k, seed=seed, **decode_options) for keep_k in keep_ks]

@@ -10,10 +10,10 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.distributed as dist
 from lightning import Callback, LightningModule, Trainer
 
 from flextok.seeding import mixed_seed
+from flextok.training.distributed import of_all_ranks
 
 logger = logging.getLogger(__name__)
 
@@ -34,7 +34,7 @@ class RandomStates(Callback):
 
         Lightning collects a checkpoint on every rank before rank 0 writes it, so the ranks can tell each other here.
         """
-        return {"ranks": _of_all_ranks(collect_random_states())}
+        return {"ranks": of_all_ranks(collect_random_states())}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self._loaded = state_dict.get("ranks", [state_dict])  # Older checkpoints hold the states of one process.
@@ -57,14 +57,6 @@ class RandomStates(Callback):
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         torch.manual_seed(mixed_seed("global", self.seed, trainer.global_step, batch_idx, trainer.global_rank))
-
-
-def _of_all_ranks(states: dict[str, Any]) -> list[dict[str, Any]]:
-    if not (dist.is_available() and dist.is_initialized()):
-        return [states]
-    gathered: list[dict[str, Any]] = [{}] * dist.get_world_size()
-    dist.all_gather_object(gathered, states)
-    return gathered
 
 
 def collect_random_states() -> dict[str, Any]:

@@ -13,7 +13,7 @@ from flextok.model.data_dict import RNG_KEY, DataDict
 from flextok.model.keep_k import default_keep_ks
 from flextok.training.progress import log_interval
 from flextok.training.randomness import training_generator
-from flextok.training.validation import encode_batch, encoded_flow_losses, model_inputs
+from flextok.training.validation import encode_batch, flow_losses, model_inputs
 
 Objective = Callable[[FlexTok, DataDict], dict[str, Tensor]]
 
@@ -58,7 +58,7 @@ class TokenizerModule(LightningModule):
 
     def validation_step(self, batch: dict[str, Any], batch_idx: int) -> None:
         encoded = encode_batch(self.model, batch, seed=self.seed)
-        losses = encoded_flow_losses(
+        losses = flow_losses(
             self.model, encoded, keep_ks=self.keep_ks, num_sigmas=self.num_sigmas, seed=self.seed
         ).mean(1)
         named = {f"val/flow_loss_k{k}": loss for k, loss in zip(self.keep_ks, losses, strict=True)}

@@ -11,24 +11,14 @@ from torch import Tensor
 
 from flextok.flextok_wrapper import FlexTok
 from flextok.flow_matching.path import interpolate
-from flextok.model.data_dict import RNG_KEY, DataDict
+from flextok.model.data_dict import DataDict
 from flextok.model.packed_list import PackedList
-from flextok.reconstruct import Encoded, encode_images
+from flextok.reconstruct import Encoded, encode_inputs
 from flextok.seeding import image_generators
 from flextok.training.objective import velocity_errors
 
 
-def flow_losses(
-    model: FlexTok, images: Tensor, keys: Sequence[str], *, keep_ks: Sequence[int], num_sigmas: int, seed: int
-) -> Tensor:
-    """Flow loss `[len(keep_ks), batch]` of images `[batch, 3, H, W]`; see `encoded_flow_losses`."""
-    encoded = encode_images(model, images, keys, seed=seed)
-    return encoded_flow_losses(model, encoded, keep_ks=keep_ks, num_sigmas=num_sigmas, seed=seed)
-
-
-def encoded_flow_losses(
-    model: FlexTok, encoded: Encoded, *, keep_ks: Sequence[int], num_sigmas: int, seed: int
-) -> Tensor:
+def flow_losses(model: FlexTok, encoded: Encoded, *, keep_ks: Sequence[int], num_sigmas: int, seed: int) -> Tensor:
     """Flow loss `[len(keep_ks), batch]` of a model in eval mode.
 
     Each image meets `num_sigmas` noise levels, one drawn in each of as many equal parts of [0, 1].
@@ -54,15 +44,7 @@ def encode_batch(model: FlexTok, batch: Mapping[str, Any], *, seed: int) -> Enco
     Raises:
         ValueError: see `model_inputs`.
     """
-    if "image" in batch:
-        return encode_images(model, batch["image"], batch["key"], seed=seed)
-    data = model.encode({**model_inputs(model, batch), RNG_KEY: image_generators(seed, batch["key"], stream="encode")})
-    return Encoded(
-        keys=list(batch["key"]),
-        tokens=list(data[model.token_write_key]),
-        quants=list(data[model.quants_write_key]),
-        latents=list(data[model.vae.vae_latents_write_key]),
-    )
+    return encode_inputs(model, model_inputs(model, batch), batch["key"], seed=seed)
 
 
 def model_inputs(model: FlexTok, batch: Mapping[str, Any]) -> DataDict:

@@ -46,12 +46,18 @@ def test_features_are_those_of_the_patches_at_the_models_grid(teacher_folder):
     assert not features.requires_grad
 
 
-def test_images_are_resized_to_as_many_patches_as_the_model_has(teacher_folder):
-    teacher = FrozenTeacher.load(teacher_folder)
+def sizes_seen_by(teacher):
+    """A list that will hold the shape of every batch its network gets."""
     seen = []
     teacher.model.register_forward_pre_hook(
         lambda _, args, kwargs: seen.append(kwargs["pixel_values"].shape), with_kwargs=True
     )
+    return seen
+
+
+def test_images_are_resized_to_as_many_patches_as_the_model_has(teacher_folder):
+    teacher = FrozenTeacher.load(teacher_folder)
+    seen = sizes_seen_by(teacher)
     assert teacher(torch.zeros(2, 3, 40, 40), (2, 3)).shape == (2, 2, 3, 16)
     assert seen == [(2, 3, 8, 12)]
 
@@ -61,10 +67,7 @@ def test_images_of_256_pixels_become_224_for_a_grid_of_16():
         hidden_size=4, num_hidden_layers=1, num_attention_heads=1, patch_size=14, image_size=518
     )
     teacher = FrozenTeacher(transformers.Dinov2Model(config))
-    seen = []
-    teacher.model.register_forward_pre_hook(
-        lambda _, args, kwargs: seen.append(kwargs["pixel_values"].shape), with_kwargs=True
-    )
+    seen = sizes_seen_by(teacher)
     assert teacher(torch.zeros(1, 3, 256, 256), (16, 16)).shape == (1, 16, 16, 4)
     assert seen == [(1, 3, 224, 224)]
 
