@@ -66,6 +66,7 @@ $(VENV)/.installed-all: pyproject.toml constraints.txt | $(BIN)/pip
 $(VENV)/.installed-dev: pyproject.toml constraints.txt | $(BIN)/pip
 	@$(call announce,flextok and the development tools)
 	@$(INSTALL) --editable '.[dev]'
+	@$(INSTALL) --no-deps litdata # asks for torchvision, which would pull another torch; see pyproject.toml
 	@touch $@ $(VENV)/.installed-all
 
 $(BIN)/pip:
