@@ -4,7 +4,7 @@
 
 `overhead`: a run as `train.py` makes it (Lightning, all default callbacks, csv logger, checkpoints) takes turns with a
 bare PyTorch loop, step by step, on the same batches with the same draws. The bare loop does what is training: forward,
-backward, clipping, optimizer step, schedule and moving average. Fetching is part of neither, and validation is left out.
+backward, clipping, optimizer step, schedule and moving average. Fetching is part of neither, validation is left out.
 Both end with the same weights. A round is as many steps as lie between two checkpoints, so that it holds one.
 
 `waiting`: the same run alone, on latents computed in advance, and how much of its time goes into fetching batches.
