@@ -1,7 +1,6 @@
 """When checkpoints are written: regularly, after the last step, and when a run is interrupted."""
 
 import logging
-from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
@@ -50,8 +49,8 @@ class RegularCheckpoint(Checkpoint):
         if step == self._last_step or trainer.fast_dev_run:  # type: ignore[attr-defined]
             return
         self._last_step = step
-        # A copy: Lightning goes on counting in the dictionaries it returned.
-        self._completed = (step, deepcopy(trainer.fit_loop.state_dict()))
+        # Lightning copies its counters for it, and a loader its position: nothing goes on counting in here.
+        self._completed = (step, trainer.fit_loop.state_dict())
         if step % self.every_n_steps == 0 or step == trainer.max_steps or trainer.should_stop:
             trainer.save_checkpoint(self.folder / LAST, weights_only=False)
         if self.keep_every_n_steps is not None and step % self.keep_every_n_steps == 0:
