@@ -6,6 +6,7 @@ once: there rank 0 chooses the folder, and the others are told.
 
 import os
 from datetime import timedelta
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from hydra.core.hydra_config import HydraConfig
@@ -90,6 +91,21 @@ def check_one_folder(folder: str) -> None:
         raise ValueError(
             f"paths.run={folder!r} is not the folder of all {len(folders)} processes (rank 0 has {folders[0]!r}); "
             "valid: the same hydra.run.dir=<folder> in every command, or start them with torchrun"
+        )
+
+
+def check_one_start(checkpoint: Path | None) -> None:
+    """Refuse processes that would go on from different checkpoints; call it on every rank.
+
+    Raises:
+        ValueError: the ranks do not agree, as when the file system shows a new file to some machines later.
+    """
+    found = of_all_ranks(checkpoint)
+    if len(set(found)) > 1:
+        names = ", ".join(f"rank {rank}: {path}" for rank, path in enumerate(found))
+        raise ValueError(
+            f"the processes do not find the same checkpoint to go on from ({names}); valid: a file system that they "
+            "share; the same command again, once all of them see the newest file"
         )
 
 
