@@ -11,12 +11,13 @@ from flextok.training.distributed import announce_run_folder, join_run_folder
 
 @hydra.main(config_path="configs", config_name="train", version_base="1.3")
 def main(cfg: DictConfig) -> float | None:
-    """Return the validation loss, for sweepers."""
+    """Return `optimized_metric`, for sweepers."""
+    register_resolvers()  # Again: in a job that a launcher submits this is where our code begins.
     check_config(cfg)
     announce_run_folder()
-    from flextok.training.run import run  # Takes seconds: `--help` and mistakes should not wait for it.
+    from flextok.training.run import optimized_metric, run  # Takes seconds: mistakes should not wait for it.
 
-    return run(cfg).get("val/flow_loss")
+    return optimized_metric(cfg, run(cfg))
 
 
 if __name__ == "__main__":

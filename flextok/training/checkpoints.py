@@ -21,7 +21,6 @@ from flextok.utils.instantiate import build_model
 logger = logging.getLogger(__name__)
 
 Weights = Literal["ema", "raw"]
-AUTO = "auto"
 # What unpickling damaged data raises depends on which byte is wrong.
 _READ_ERRORS = (
     *(RuntimeError, pickle.UnpicklingError, EOFError, OSError, zipfile.BadZipFile),
@@ -88,16 +87,6 @@ def checkpoint_of_run(path: str | Path) -> Path:
         raise ValueError(f"{path}: no checkpoint; valid: a .ckpt file, or a run folder with {CHECKPOINTS}/*.ckpt")
     regular = [file for file in files if file.name == "last.ckpt" or file.name.startswith("step_")]
     return max(regular or files, key=lambda file: file.stat().st_mtime)
-
-
-def checkpoint_to_resume(ckpt_path: str | None, folder: Path) -> Path | None:
-    """The checkpoint that a run in `folder` starts from; `auto` is the newest in that folder, if there is one."""
-    has_checkpoints = bool(_checkpoints_in(folder / CHECKPOINTS))
-    if ckpt_path == AUTO:
-        return checkpoint_of_run(folder) if has_checkpoints else None
-    if ckpt_path is None and has_checkpoints:
-        logger.warning("a new run replaces the one in %s; ckpt_path=auto would go on with it", folder)
-    return None if ckpt_path is None else checkpoint_of_run(ckpt_path)
 
 
 def read_checkpoint(file: Path) -> dict[str, Any]:

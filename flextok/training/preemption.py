@@ -68,6 +68,9 @@ class StopOnSignal(Callback):
         if self._is_anyone_told(trainer):
             raise SIGTERMException
 
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._answer()  # A message under way would outlive the processes that it is for.
+
     def on_validation_batch_start(self, trainer: Trainer, *args: Any, **kwargs: Any) -> None:
         if trainer.world_size == 1 and self.signum is not None:
             raise SIGTERMException
@@ -88,13 +91,18 @@ class StopOnSignal(Callback):
         """The same answer on all ranks: that to the question of the step before, so that nobody waits for it."""
         if trainer.world_size == 1:
             return self.signum is not None
+        if self._answer():
+            return True
         told = torch.full((1,), float(self.signum is not None), device=trainer.strategy.root_device)
-        asked, self._asked = self._asked, (dist.all_reduce(told, dist.ReduceOp.MAX, async_op=True), told)
-        if asked is None:
+        self._asked = (dist.all_reduce(told, dist.ReduceOp.MAX, async_op=True), told)
+        return False
+
+    def _answer(self) -> bool:
+        if self._asked is None:
             return False
-        work, answer = asked
+        (work, told), self._asked = self._asked, None
         work.wait()
-        return bool(answer.item())
+        return bool(told.item())
 
 
 def leave(trainer: Trainer, folder: str) -> NoReturn:

@@ -3,6 +3,7 @@
 import logging
 import warnings
 from dataclasses import dataclass
+from math import isfinite
 from pathlib import Path
 from typing import Any
 
@@ -16,13 +17,13 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException, SI
 from omegaconf import DictConfig, OmegaConf
 
 from flextok.model.trunks.transformers import compile_blocks, set_attention_backend
-from flextok.training.checkpoints import AUTO, check_same_weights, checkpoint_to_resume, read_checkpoint
 from flextok.training.distributed import check_launch, check_one_folder, check_one_start
-from flextok.training.ema import CHECKPOINT_KEY, ExponentialMovingAverage
 from flextok.training.initialize import initialize_from
 from flextok.training.preemption import StopOnSignal, leave
 from flextok.training.random_states import RandomStates
+from flextok.training.resume import AUTO, check_resume, checkpoint_to_resume
 from flextok.training.run_folder import write_run_record
+from flextok.training.sweep_summary import last_metrics
 from flextok.training.tokenizer_module import TokenizerModule
 
 logger = logging.getLogger(__name__)
@@ -66,7 +67,7 @@ def run(cfg: DictConfig) -> dict[str, float]:
     if not trainer.is_global_zero:
         logging.getLogger().setLevel(logging.WARNING)  # Once is enough to read that things go well.
     if resume_from is not None:
-        _check_resume(cfg, resume_from, training.module)
+        check_resume(cfg, resume_from, training.module)
     elif cfg.ckpt_path == AUTO:
         logger.info("ckpt_path=auto: %s holds no checkpoint, so a new run starts", cfg.paths.run)
     rank_zero_only(write_run_record)(Path(cfg.paths.run), cfg)
@@ -77,6 +78,24 @@ def run(cfg: DictConfig) -> dict[str, float]:
     except SIGTERMException:
         leave(trainer, cfg.paths.run)
     return {name: float(value) for name, value in trainer.callback_metrics.items()}
+
+
+def optimized_metric(cfg: DictConfig, metrics: dict[str, float]) -> float | None:
+    """The metric that `optimized_metric` names, for a sweeper; None if it names none or the value is not finite.
+
+    Raises:
+        ValueError: the run has no such metric.
+    """
+    name = cfg.optimized_metric
+    if name is None:
+        return None
+    metrics = last_metrics(Path(cfg.paths.run)) | metrics  # A run that had nothing left to do logs nothing.
+    if name not in metrics:
+        raise ValueError(f"optimized_metric={name!r} is no metric of this run; valid: {', '.join(sorted(metrics))}")
+    if not isfinite(metrics[name]):
+        logger.warning("optimized_metric=%s is %s: the sweeper is told that the run failed", name, metrics[name])
+        return None
+    return metrics[name]
 
 
 def build(cfg: DictConfig) -> TrainingRun:
@@ -155,65 +174,3 @@ def _instantiate_all(nodes: DictConfig | None) -> list[Any]:
 
 def _is_chosen(node: DictConfig | None) -> bool:
     return node is not None and node.get("_target_") is not None
-
-
-def _check_resume(cfg: DictConfig, resume_from: Path, module: TokenizerModule) -> None:
-    """Refuse another model, and say how else the run differs: a forgotten override must not be silent.
-
-    Raises:
-        ValueError: the file holds no training checkpoint, or one of another model.
-    """
-    checkpoint = read_checkpoint(resume_from)
-    if "state_dict" not in checkpoint or "loops" not in checkpoint:
-        raise ValueError(f"ckpt_path={str(resume_from)!r} is no training checkpoint; for weights use init_from")
-    valid = "the overrides of the run that is continued"
-    source = f"ckpt_path={str(resume_from)!r}"
-    check_same_weights(checkpoint["state_dict"], module.state_dict(), source=source, valid=valid)
-    old = _flatten(checkpoint.get("hyper_parameters", {}))
-    new = _flatten(OmegaConf.to_container(cfg, resolve=True))
-    changed = [
-        name
-        for name in sorted(old.keys() | new.keys())
-        if name.partition(".")[0] not in ("paths", "ckpt_path", "callbacks", "logger", "experiment_name")
-        and old.get(name) != new.get(name)
-    ]
-    if cfg.ckpt_path == AUTO:
-        _refuse_another_run([name for name in changed if name in old and name in new], old, new, cfg.paths.run)
-    rank_zero_only(_report_changes)(
-        cfg, resume_from, checkpoint, {name: (old.get(name), new.get(name)) for name in changed}
-    )
-
-
-def _refuse_another_run(changed: list[str], old: dict[str, Any], new: dict[str, Any], folder: str) -> None:
-    # Otherwise the second sweep in a folder would take the results of the first for its own.
-    for name in changed:
-        if not name.startswith("trainer."):
-            raise ValueError(
-                f"ckpt_path=auto finds a run with other settings in {folder}: {name} was {old[name]!r}, is now "
-                f"{new[name]!r}; valid: its settings, another folder, or ckpt_path={folder} to go on all the same"
-            )
-
-
-def _report_changes(
-    cfg: DictConfig, resume_from: Path, checkpoint: dict[str, Any], changed: dict[str, tuple[Any, Any]]
-) -> None:
-    logger.info("continuing from %s at step %d", resume_from, checkpoint["global_step"])
-    if checkpoint["global_step"] >= cfg.trainer.max_steps:
-        logger.warning("nothing is left to do: trainer.max_steps=%d", cfg.trainer.max_steps)
-    for name, (before, now) in changed.items():
-        logger.warning("%s was %r, is now %r", name, before, now)
-    has_ema = any(
-        _is_chosen(node) and node["_target_"].endswith(ExponentialMovingAverage.__name__)
-        for node in (cfg.callbacks or {}).values()
-    )
-    if CHECKPOINT_KEY in checkpoint and not has_ema:
-        logger.warning("the checkpoint holds an EMA, this run keeps none: only its raw weights go on")
-
-
-def _flatten(node: Any, prefix: str = "") -> dict[str, Any]:
-    if not isinstance(node, dict):
-        return {prefix: node}
-    flat: dict[str, Any] = {}
-    for key, value in node.items():
-        flat |= _flatten(value, f"{prefix}.{key}" if prefix else str(key))
-    return flat
