@@ -30,12 +30,7 @@ def hydra():
 
 
 def sweep(hydra, task, folder, *overrides):
-    arguments = [
-        "hydra.mode=MULTIRUN",
-        f"hydra.sweep.dir={folder}",
-        "hydra/job_logging=none",
-        "hydra/hydra_logging=none",
-    ]
+    quiet = ("hydra/job_logging=none", "hydra/hydra_logging=none")
     return hydra.multirun("train", task, ["hydra.mode=MULTIRUN", f"hydra.sweep.dir={folder}", *quiet, *overrides])
 
 
