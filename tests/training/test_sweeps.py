@@ -3,6 +3,10 @@
 import csv
 import json
 import math
+import os
+import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -14,9 +18,13 @@ from hydra.core.singleton import Singleton
 from hydra.types import RunMode
 from omegaconf import OmegaConf
 
-from flextok.config import CONFIG_FOLDER, register_resolvers
+from flextok.config import CONFIG_FOLDER, compose, register_resolvers
+from flextok.training.preemption import EXIT_CODE
 from flextok.training.run import optimized_metric
 from flextok.training.sweep_summary import OVER_SEEDS, STATUS, SUMMARY, format_rows, last_metrics, write_summary
+from tests.support import REPOSITORY
+from tests.training.support import SMALL, largest_difference, load
+from tests.training.test_preemption import signal_at
 
 
 @pytest.fixture
@@ -189,3 +197,67 @@ def test_a_job_of_slurm_gets_a_task_per_device_and_goes_back_into_the_queue(hydr
     for option in ("--nodes=2", "--ntasks-per-node=8", "--gpus-per-node=8", "--requeue", "--open-mode=append"):
         assert f"#SBATCH {option}" in lines
     assert any(line.startswith("#SBATCH --signal=USR") and line.endswith("@120") for line in lines)
+
+
+SRUN = """#!/bin/bash
+echo "$@" > "$LOG/srun"
+exit "$CODE"
+"""
+SCONTROL = """#!/bin/bash
+echo "$@" > "$LOG/scontrol"
+"""
+
+
+@pytest.mark.parametrize(("code", "is_requeued"), [(0, False), (1, False), (EXIT_CODE, True)])
+def test_the_script_for_sbatch_requeues_what_a_signal_stopped(tmp_path, code, is_requeued):
+    for name, text in (("srun", SRUN), ("scontrol", SCONTROL)):
+        (tmp_path / name).write_text(text)
+        (tmp_path / name).chmod(0o755)
+    told = {"SLURM_JOB_ID": "4242", "SLURM_NNODES": "2", "SLURM_NTASKS_PER_NODE": "8"}
+    variables = {
+        **os.environ,
+        **told,
+        "PATH": f"{tmp_path}:{os.environ['PATH']}",
+        "LOG": str(tmp_path),
+        "CODE": str(code),
+    }
+    script = REPOSITORY / "docs" / "slurm.sh"
+    done = subprocess.run(["bash", script, "experiment=digits", "seed=1"], env=variables, check=False, timeout=60)
+    assert done.returncode == code
+    assert (tmp_path / "scontrol").read_text() == "requeue 4242\n" if is_requeued else SCONTROL
+    python, program, *overrides = (tmp_path / "srun").read_text().split()
+    assert (python, program) == ("python", "train.py")
+    cfg = compose(overrides)
+    assert (cfg.trainer.num_nodes, cfg.trainer.devices, cfg.seed, cfg.ckpt_path) == (2, 8, 1, "auto")
+    assert "hydra.run.dir=runs/slurm/4242" in overrides
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_a_job_of_submitit_that_is_signalled_is_requeued_and_goes_on_exactly(finished_run, tmp_path):
+    """The nearest to SLURM without it: submitit's own requeueing, of a real process that it has started."""
+    pytest.importorskip("hydra_plugins.hydra_submitit_launcher")
+    told = signal_at("within the step", 4, signum=int(signal.SIGUSR1))
+    overrides = (
+        *SMALL,
+        told,
+        "seed=0,1",
+        f"hydra.sweep.dir={tmp_path}",
+        "hydra/launcher=submitit_local",
+        "ckpt_path=auto",
+    )
+    command = [sys.executable, "train.py", "-m", *overrides, "callbacks.last.every_n_steps=100"]
+    variables = {**os.environ, "OMP_NUM_THREADS": "1", "SUBMITIT_PREEMPT_SIGNAL": "USR1"}
+    done = subprocess.run(
+        command, cwd=REPOSITORY, env=variables, capture_output=True, text=True, timeout=580, check=False
+    )
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
+    assert [(row["seed"], row["status"]) for row in table(tmp_path)] == [("0", "completed"), ("1", "completed")]
+    for run in ("0", "1"):
+        log = (tmp_path / run / "train.log").read_text()
+        assert "stopped by SIGUSR1 after step 5" in log
+        assert "last.ckpt at step 5" in log
+    for part in ("state_dict", "ema"):
+        assert largest_difference(load(tmp_path / "0")[part], load(finished_run)[part]) <= 1e-6
+    with (tmp_path / "0" / "metrics.csv").open(newline="") as file:
+        assert [row["step"] for row in csv.DictReader(file)] == [str(step) for step in range(1, 9)]  # none twice
