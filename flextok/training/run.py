@@ -3,7 +3,6 @@
 import logging
 import warnings
 from dataclasses import dataclass
-from math import isfinite
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +22,6 @@ from flextok.training.preemption import StopOnSignal, leave
 from flextok.training.random_states import RandomStates
 from flextok.training.resume import AUTO, check_resume, checkpoint_to_resume
 from flextok.training.run_folder import write_run_record
-from flextok.training.sweep_summary import last_metrics
 from flextok.training.tokenizer_module import TokenizerModule
 
 logger = logging.getLogger(__name__)
@@ -78,24 +76,6 @@ def run(cfg: DictConfig) -> dict[str, float]:
     except SIGTERMException:
         leave(trainer, cfg.paths.run)
     return {name: float(value) for name, value in trainer.callback_metrics.items()}
-
-
-def optimized_metric(cfg: DictConfig, metrics: dict[str, float]) -> float | None:
-    """The metric that `optimized_metric` names, for a sweeper; None if it names none or the value is not finite.
-
-    Raises:
-        ValueError: the run has no such metric.
-    """
-    name = cfg.optimized_metric
-    if name is None:
-        return None
-    metrics = last_metrics(Path(cfg.paths.run)) | metrics  # A run that had nothing left to do logs nothing.
-    if name not in metrics:
-        raise ValueError(f"optimized_metric={name!r} is no metric of this run; valid: {', '.join(sorted(metrics))}")
-    if not isfinite(metrics[name]):
-        logger.warning("optimized_metric=%s is %s: the sweeper is told that the run failed", name, metrics[name])
-        return None
-    return metrics[name]
 
 
 def build(cfg: DictConfig) -> TrainingRun:

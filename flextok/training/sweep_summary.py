@@ -7,6 +7,7 @@ import csv
 import json
 import logging
 from collections.abc import Iterable, Mapping, Sequence
+from math import isfinite
 from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
@@ -99,6 +100,24 @@ def last_metrics(folder: Path) -> dict[str, float]:
         return {}
     with path.open(newline="", encoding="utf-8") as file:
         return {name: float(value) for row in csv.DictReader(file) for name, value in row.items() if value}
+
+
+def optimized_metric(cfg: DictConfig, metrics: dict[str, float]) -> float | None:
+    """The metric that `optimized_metric` names, for a sweeper; None if it names none or the value is not finite.
+
+    Raises:
+        ValueError: the run has no such metric.
+    """
+    name = cfg.optimized_metric
+    if name is None:
+        return None
+    metrics = last_metrics(Path(cfg.paths.run)) | metrics  # A run that had nothing left to do logs nothing.
+    if name not in metrics:
+        raise ValueError(f"optimized_metric={name!r} is no metric of this run; valid: {', '.join(sorted(metrics))}")
+    if not isfinite(metrics[name]):
+        logger.warning("optimized_metric=%s is %s: the sweeper is told that the run failed", name, metrics[name])
+        return None
+    return metrics[name]
 
 
 def format_rows(rows: Sequence[Row]) -> str:

@@ -18,12 +18,17 @@ from hydra.types import RunMode
 from omegaconf import OmegaConf
 
 from flextok.config import CONFIG_FOLDER, compose, register_resolvers
-from flextok.training.preemption import EXIT_CODE
-from flextok.training.run import optimized_metric
-from flextok.training.sweep_summary import OVER_SEEDS, STATUS, SUMMARY, format_rows, last_metrics, write_summary
+from flextok.training.sweep_summary import (
+    OVER_SEEDS,
+    STATUS,
+    SUMMARY,
+    format_rows,
+    last_metrics,
+    optimized_metric,
+    write_summary,
+)
 from tests.support import REPOSITORY
 from tests.training.support import SMALL, largest_difference, load
-from tests.training.test_preemption import signal_at
 
 
 @pytest.fixture
@@ -207,7 +212,7 @@ echo "$@" > "$LOG/scontrol.txt"
 """
 
 
-@pytest.mark.parametrize(("code", "is_requeued"), [(0, False), (1, False), (EXIT_CODE, True)])
+@pytest.mark.parametrize(("code", "is_requeued"), [(0, False), (1, False), (os.EX_TEMPFAIL, True)])
 def test_the_script_for_sbatch_requeues_what_a_signal_stopped(tmp_path, code, is_requeued):
     for name, text in (("srun", SRUN), ("scontrol", SCONTROL)):
         (tmp_path / name).write_text(text)
@@ -231,6 +236,8 @@ def test_the_script_for_sbatch_requeues_what_a_signal_stopped(tmp_path, code, is
 @pytest.mark.slow
 def test_a_job_of_submitit_that_is_signalled_is_requeued_and_goes_on_exactly(tmp_path):
     """The nearest to SLURM without it: submitit's own requeueing, of a real process that it has started."""
+    from tests.training.test_preemption import signal_at
+
     pytest.importorskip("hydra_plugins.hydra_submitit_launcher")
     place = ("hydra/launcher=submitit_local", f"hydra.sweep.dir={tmp_path}", "ckpt_path=auto")
     signalled_or_not = (signal_at("within the step", 4), "callbacks.signal.step=4,100")
