@@ -72,7 +72,8 @@ class StopOnSignal(Callback):
         self._answer()  # A message under way would outlive the processes that it is for.
 
     def on_validation_batch_start(self, trainer: Trainer, *args: Any, **kwargs: Any) -> None:
-        if trainer.world_size == 1 and self.signum is not None:
+        # The last one is completed: nothing would repeat it.
+        if trainer.world_size == 1 and self.signum is not None and trainer.global_step < trainer.max_steps:
             raise SIGTERMException
 
     def _listen(self) -> None:

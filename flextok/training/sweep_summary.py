@@ -122,8 +122,9 @@ def optimized_metric(cfg: DictConfig, metrics: dict[str, float]) -> float | None
 
 def format_rows(rows: Sequence[Row]) -> str:
     """The rows as aligned text, without the columns in which all of several rows are the same."""
-    names = _columns(rows)
-    names = [n for n in names if len(rows) < 2 or n in ("status", *METRICS) or len({str(r.get(n)) for r in rows}) > 1]
+    differ = {name for name in _columns(rows) if len(rows) < 2 or len({str(row.get(name)) for row in rows}) > 1}
+    differ |= {"status", *(name for name in METRICS if any(row.get(name) is not None for row in rows))}
+    names = [name for name in _columns(rows) if name in differ]
     lines = [names, *([_cell(row.get(name)) for name in names] for row in rows)]
     widths = [max(len(line[column]) for line in lines) for column in range(len(names))]
     return "\n".join("  ".join(c.ljust(w) for c, w in zip(line, widths, strict=True)).rstrip() for line in lines)
@@ -131,8 +132,8 @@ def format_rows(rows: Sequence[Row]) -> str:
 
 def _row(folder: Path) -> Row:
     """Overrides, what came of the run and where it is. Without a status it runs, or was stopped or killed."""
-    overrides = OmegaConf.to_object(OmegaConf.load(folder / ".hydra" / "overrides.yaml"))
-    pairs = [str(override).lstrip("+").partition("=") for override in overrides if "=" in str(override)]  # type: ignore[union-attr]
+    overrides: Any = OmegaConf.load(folder / ".hydra" / "overrides.yaml")
+    pairs = [str(override).lstrip("+").partition("=") for override in overrides if "=" in str(override)]
     settings = {name: value for name, _, value in pairs if name.partition(".")[0] not in _NOT_SETTINGS}
     status = json.loads((folder / STATUS).read_text()) if (folder / STATUS).exists() else {"status": "unfinished"}
     metrics = last_metrics(folder)
