@@ -105,20 +105,19 @@ class StopOnSignal(Callback):
         work.wait()
         return bool(told.item())
 
+    def leave(self, trainer: Trainer, folder: str) -> NoReturn:
+        """End the process of a run that was stopped and saved; `folder` is that of the run.
 
-def leave(trainer: Trainer, folder: str) -> NoReturn:
-    """End the process of a run that was stopped and saved; `folder` is that of the run.
-
-    Rank 0 alone ends with `EXIT_CODE`, the others with 0: Lightning kills all processes it started when one of the
-    others fails.
-    """
-    signum = next(callback.signum for callback in trainer.callbacks if isinstance(callback, StopOnSignal))  # type: ignore[attr-defined]
-    if trainer.is_global_zero:
-        logger.info(
-            "stopped by %s after step %d; to go on: the same command with hydra.run.dir=%s ckpt_path=auto",
-            *("a signal" if signum is None else signal.Signals(signum).name, trainer.global_step, folder),
-        )
-    handler = None if signum is None else signal.getsignal(signum)
-    if signum is not None and callable(handler):
-        handler(signum, None)  # submitit requeues here, and does not return.
-    raise SystemExit(EXIT_CODE if trainer.is_global_zero else os.EX_OK)
+        Rank 0 alone ends with `EXIT_CODE`, the others with 0: Lightning kills all processes it started when one of the
+        others fails.
+        """
+        name = "a signal" if self.signum is None else signal.Signals(self.signum).name
+        if trainer.is_global_zero:
+            logger.info(
+                "stopped by %s after step %d; to go on: the same command with hydra.run.dir=%s ckpt_path=auto",
+                *(name, trainer.global_step, folder),
+            )
+        handler = None if self.signum is None else signal.getsignal(self.signum)
+        if self.signum is not None and callable(handler):
+            handler(self.signum, None)  # submitit requeues here, and does not return.
+        raise SystemExit(EXIT_CODE if trainer.is_global_zero else os.EX_OK)

@@ -18,7 +18,7 @@ from omegaconf import DictConfig, OmegaConf
 from flextok.model.trunks.transformers import compile_blocks, set_attention_backend
 from flextok.training.distributed import check_launch, check_one_folder, check_one_start
 from flextok.training.initialize import initialize_from
-from flextok.training.preemption import StopOnSignal, leave
+from flextok.training.preemption import StopOnSignal
 from flextok.training.random_states import RandomStates
 from flextok.training.resume import AUTO, check_resume, checkpoint_to_resume
 from flextok.training.run_folder import write_run_record
@@ -35,6 +35,7 @@ class TrainingRun:
     module: TokenizerModule
     data: LightningDataModule
     resume_from: Path | None
+    stop: StopOnSignal
 
 
 class OneFolder(Callback):
@@ -69,19 +70,21 @@ def run(cfg: DictConfig) -> dict[str, float]:
     elif cfg.ckpt_path == AUTO:
         logger.info("ckpt_path=auto: %s holds no checkpoint, so a new run starts", cfg.paths.run)
     rank_zero_only(write_run_record)(Path(cfg.paths.run), cfg)
-    stop = next(callback for callback in trainer.callbacks if isinstance(callback, StopOnSignal))  # type: ignore[attr-defined]
     try:
-        with stop.listening():
+        with training.stop.listening():
             trainer.fit(training.module, datamodule=training.data, ckpt_path=resume_from, weights_only=True)
     except SIGTERMException:
-        leave(trainer, cfg.paths.run)
+        training.stop.leave(trainer, cfg.paths.run)
     return {name: float(value) for name, value in trainer.callback_metrics.items()}
 
 
 def build(cfg: DictConfig) -> TrainingRun:
     """Assemble model, data and trainer; writes nothing."""
     resume_from = checkpoint_to_resume(cfg.ckpt_path, Path(cfg.paths.run))
-    trainer = _build_trainer(cfg, resume_from)  # First: a missing accelerator is found before a large model is built.
+    # Not part of the config: without them a resumed run would silently not be exact.
+    stop = StopOnSignal()
+    own = [stop, OneFolder(cfg.paths.run, resume_from), RandomStates(cfg.seed)]
+    trainer = _build_trainer(cfg, own)  # First: a missing accelerator is found before a large model is built.
     check_launch(trainer)
     lightning.seed_everything(cfg.seed, workers=True)
     model = _instantiate(cfg.model)
@@ -99,7 +102,8 @@ def build(cfg: DictConfig) -> TrainingRun:
     )
     # Plain containers: a DictConfig in a checkpoint does not load with `weights_only=True`.
     module.save_hyperparameters(OmegaConf.to_container(cfg, resolve=True))
-    return TrainingRun(trainer=trainer, module=module, data=_instantiate(cfg.data), resume_from=resume_from)
+    data = _instantiate(cfg.data)
+    return TrainingRun(trainer=trainer, module=module, data=data, resume_from=resume_from, stop=stop)
 
 
 def _calm_lightning() -> None:
@@ -118,13 +122,12 @@ def _is_no_advertisement(record: logging.LogRecord) -> bool:
     return "installing [litlogger]" not in record.getMessage()
 
 
-def _build_trainer(cfg: DictConfig, resume_from: Path | None) -> Trainer:
+def _build_trainer(cfg: DictConfig, own: list[Callback]) -> Trainer:
     callbacks: list[Callback] = _instantiate_all(cfg.callbacks)
     try:
         return _instantiate(
             cfg.trainer,
-            # Not part of the config: without them a resumed run would silently not be exact.
-            callbacks=[StopOnSignal(), OneFolder(cfg.paths.run, resume_from), RandomStates(cfg.seed), *callbacks],
+            callbacks=[*own, *callbacks],
             logger=_instantiate_all(cfg.logger) or False,
             default_root_dir=cfg.paths.run,
             # False must be said: otherwise Lightning adds a bar of its own, in log files too, and checkpoints.
