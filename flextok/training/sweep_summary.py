@@ -123,7 +123,8 @@ def optimized_metric(cfg: DictConfig, metrics: dict[str, float]) -> float | None
 def format_rows(rows: Sequence[Row]) -> str:
     """The rows as aligned text, without the columns in which all of several rows are the same."""
     differ = {name for name in _columns(rows) if len(rows) < 2 or len({str(row.get(name)) for row in rows}) > 1}
-    differ |= {"status", *(name for name in METRICS if any(row.get(name) is not None for row in rows))}
+    metrics = [name for name in _columns(rows) if name.startswith(METRICS)]
+    differ |= {"status", *(name for name in metrics if any(row.get(name) is not None for row in rows))}
     names = [name for name in _columns(rows) if name in differ]
     lines = [names, *([_cell(row.get(name)) for name in names] for row in rows)]
     widths = [max(len(line[column]) for line in lines) for column in range(len(names))]
