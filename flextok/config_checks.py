@@ -116,9 +116,10 @@ def _check_named_nodes(cfg: DictConfig) -> None:
 
 
 def _check_paths(cfg: DictConfig) -> None:
-    for field, valid in (("ckpt_path", "null, or an"), ("init_from", "null, or an"), ("data.root", "an")):
+    for field, valid in (("ckpt_path", "null, auto, or an"), ("init_from", "null, or an"), ("data.root", "an")):
         value = setting(cfg, field)
-        if value is not None and not Path(value).expanduser().exists():
+        is_auto = field == "ckpt_path" and value == "auto"
+        if value is not None and not is_auto and not Path(value).expanduser().exists():
             refuse(field, value, f"{valid} existing path (looked in {os.getcwd()})")
     vae = setting(cfg, "latent.path")
     if vae is not None and _looks_local(vae) and not Path(vae).expanduser().is_dir():
@@ -134,8 +135,8 @@ def _check_start(cfg: DictConfig) -> None:
     init_from = setting(cfg, "init_from")
     if init_from is None:
         return
-    if setting(cfg, "ckpt_path") is not None:
-        refuse("init_from", init_from, "null where ckpt_path is given: a resumed run brings its weights")
+    if setting(cfg, "ckpt_path") not in (None, "auto"):
+        refuse("init_from", init_from, "null where ckpt_path is a path: a resumed run brings its weights")
     if Path(init_from).suffix != ".safetensors":
         refuse("init_from", init_from, "a .safetensors file (to continue a run use ckpt_path)")
     theirs = _stored_levels(Path(init_from).expanduser())

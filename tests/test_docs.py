@@ -225,11 +225,17 @@ def test_the_tree_marks_the_files_that_checkpoints_name():
 
 
 def config_groups() -> dict[str, set[str]]:
-    return {path.name: {file.stem for file in path.glob("*.yaml")} for path in CONFIG_FOLDER.iterdir() if path.is_dir()}
+    groups: dict[str, set[str]] = {}
+    for file in CONFIG_FOLDER.glob("*/**/*.yaml"):
+        groups.setdefault(file.parent.relative_to(CONFIG_FOLDER).as_posix(), set()).add(file.stem)
+    return groups
 
 
 def test_the_tree_lists_every_config_group_with_its_options():
-    described = {path.split("/")[1]: text for path, text in tree_entries().items() if path.startswith("configs/")}
+    entries = tree_entries().items()
+    described = {
+        path.removeprefix("configs/").rstrip("/"): text for path, text in entries if path.startswith("configs/")
+    }
     assert {name for name in described if not name.endswith(".yaml")} - {""} == set(config_groups())
     for group, options in config_groups().items():
         assert options <= set(re.findall(r"\w+", described[group])), group
@@ -237,7 +243,7 @@ def test_the_tree_lists_every_config_group_with_its_options():
 
 def test_the_table_of_groups_is_complete():
     rows = re.findall(
-        r"^\| `(\w+)` \| ([^|]*) \|", (REPOSITORY / "docs/configuration.md").read_text(), flags=re.MULTILINE
+        r"^\| `([\w/]+)` \| ([^|]*) \|", (REPOSITORY / "docs/configuration.md").read_text(), flags=re.MULTILINE
     )
     table = {group: set(re.findall(r"`(\w+)`", options)) for group, options in rows if group in config_groups()}
     assert table == config_groups() | {"model": config_groups()["model"] - {"flextok"}}

@@ -6,7 +6,7 @@ from typing import Any, Literal, TypeAlias
 import torch
 from lightning import LightningDataModule
 
-from flextok.data.loaders import EvalLoader, ResumableLoader
+from flextok.data.loaders import EvalLoader, ResumableLoader, outlive_signals
 from flextok.data.samplers import EvalSampler, TrainSampler, rank_and_world_size
 from flextok.data.samples import ImageDataset, collate
 
@@ -107,6 +107,7 @@ class ImageDataModule(LightningDataModule, ABC):
             "collate_fn": collate,
             "num_workers": self.num_workers,
             "persistent_workers": self.num_workers > 0,
+            "worker_init_fn": outlive_signals,
             "pin_memory": torch.cuda.is_available(),
             # Without its own, a loader draws from torch's default generator each time an epoch starts.
             "generator": torch.Generator().manual_seed(self.seed),

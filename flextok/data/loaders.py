@@ -3,6 +3,7 @@
 Neither adds an argument to `DataLoader`, because Lightning builds loaders anew from the arguments it knows.
 """
 
+import signal
 from collections.abc import Iterator
 from typing import Any
 
@@ -87,3 +88,15 @@ class EvalLoader(DataLoader):
 
     def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
         return (batch for batch in super().__iter__() if batch is not None)
+
+
+def outlive_signals(worker: int) -> None:
+    """Let the training process answer the signals that a cluster sends to all processes of a job; for DataLoader.
+
+    A worker that died of one would end training in the middle of a step. A worker ends with its training process.
+    """
+    from lightning.fabric.utilities.seed import pl_worker_init_function
+
+    for signum in (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2):
+        signal.signal(signum, signal.SIG_IGN)
+    pl_worker_init_function(worker)  # What Lightning would have put in this place.

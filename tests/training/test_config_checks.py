@@ -140,7 +140,7 @@ def test_levels_of_start_weights_are_compared_before_anything_is_built(tmp_path)
 
 
 def test_weights_to_start_from_and_a_run_to_continue_exclude_each_other(tmp_path):
-    with pytest.raises(ValueError, match="init_from=.* null where ckpt_path is given"):
+    with pytest.raises(ValueError, match="init_from=.* null where ckpt_path is a path"):
         check_config(small_config(tmp_path, f"init_from={tmp_path}", f"ckpt_path={tmp_path}"))
 
 
