@@ -3,7 +3,7 @@
 import tarfile
 import zlib
 from collections.abc import Iterator
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from typing import Any, NamedTuple, Self
 from urllib.parse import unquote
 
@@ -16,6 +16,7 @@ IMAGES = ShardKind(
     command="flextok prepare",
     otherwise="for image files choose data=image_folder",
 )
+_CHUNK = 2**16
 
 
 class RawSample(NamedTuple):
@@ -52,16 +53,19 @@ def read_shard(url: str) -> Iterator[RawSample]:
     from webdataset.gopen import gopen
     from webdataset.tariterators import group_by_keys
 
+    is_complete = False
     try:
         stream = gopen(url)
         try:
             for sample in group_by_keys(_files(stream, url)):
                 yield RawSample(sample["__key__"], _first_image(sample))
-        except GeneratorExit:
-            _close_early(stream)
-            raise
-        # A command behind a URL that has failed says so only here.
-        stream.close()
+            while stream.read(_CHUNK):  # A command that cannot write all of it would call that an error.
+                pass
+            is_complete = True
+        finally:
+            # A command behind a URL that has failed says so when it is closed; one that was stopped may be ignored.
+            with nullcontext() if is_complete else suppress(OSError):
+                stream.close()
     except (tarfile.TarError, OSError, EOFError, ValueError, zlib.error) as error:
         raise ValueError(f"the shard {url} cannot be read, or is damaged: {error}") from error
 
@@ -94,9 +98,3 @@ def _files(stream: Any, url: str) -> Iterator[dict[str, Any]]:
 
 def _first_image(sample: dict[str, Any]) -> bytes | None:
     return next((data for name, data in sample.items() if f".{name.rpartition('.')[2]}" in SUFFIXES), None)
-
-
-def _close_early(stream: Any) -> None:
-    """Close what was not read to its end, which a command behind it may report as a failure."""
-    with suppress(OSError):
-        stream.close()
