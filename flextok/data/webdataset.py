@@ -9,8 +9,9 @@ from urllib.parse import urlparse
 from flextok.data.datamodule import ImageDataModule, Split
 from flextok.data.samplers import rank_and_world_size
 from flextok.data.samples import ImageDataset
+from flextok.data.shard_images import ImageDecoder, OrderedImages, Shards
 from flextok.data.shard_index import INDEX, check_complete, check_shard_size, parse_index, read_index
-from flextok.data.shard_streams import ImageDecoder, OrderedImages, Shards, StreamedImages
+from flextok.data.shard_streams import StreamedImages
 from flextok.data.stream_loader import StreamLoader, StreamSampler
 from flextok.data.tar_shards import IMAGES, key_of
 

@@ -11,7 +11,7 @@ import torch
 from omegaconf import OmegaConf
 
 from flextok.cli import main
-from flextok.data import samplers, shard_streams, webdataset
+from flextok.data import samplers, shard_images, shard_streams, webdataset
 from flextok.data.webdataset import WebDatasetDataModule
 from flextok.evaluation.run import open_split
 from flextok.evaluation.source import find_source
@@ -198,7 +198,7 @@ def test_what_was_done_is_passed_over_without_decoding(root, monkeypatch):
     resumed = data.train_dataloader()
     resumed.load_state_dict(interrupted.state_dict())
     decoded = []
-    monkeypatch.setattr(shard_streams, "decode", lambda file: decoded.append(0) or noise_image(0))
+    monkeypatch.setattr(shard_images, "decode", lambda file: decoded.append(0) or noise_image(0))
     assert len(list(resumed)) == len(resumed) - 9
     assert len(decoded) == 4 * (len(resumed) - 9)
 
