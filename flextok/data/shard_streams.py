@@ -62,7 +62,7 @@ class StreamedImages(ImageDataset):
         self.shuffle_buffer = shuffle_buffer
         self.flip = flip
         self.seed = seed
-        self.in_order = OrderedImages(shards, decoder)
+        self._in_order = OrderedImages(shards, decoder)
         self.rank, self.num_ranks = rank_and_world_size()
         self._open: dict[int, _Open] = {}
 
@@ -86,8 +86,6 @@ class StreamedImages(ImageDataset):
 
     def variant(self, number: int, variant: int) -> Sample | None:
         """The image itself or mirrored, of the samples in their order; see `FolderImages.variant`."""
-        if self.shards.sizes is None:
-            raise ValueError("data.train: only shards that `flextok prepare` wrote have an order; valid: data.root")
         sample = self.in_order[number]
         if sample is None or not self.flip or self._draw(sample["key"]) == bool(variant % 2):
             return sample
@@ -96,6 +94,17 @@ class StreamedImages(ImageDataset):
     def fingerprint(self) -> str:
         """Depends on the shards and their sizes."""
         return self.in_order.fingerprint()
+
+    @property
+    def in_order(self) -> OrderedImages:
+        """The same samples in the order of the shards.
+
+        Raises:
+            ValueError: Nobody knows how many there are.
+        """
+        if self.shards.sizes is None:
+            raise ValueError("data.train: only shards that `flextok prepare` wrote have an order; valid: data.root")
+        return self._in_order
 
     def _samples(self, epoch: int, stream: int, *, start: int) -> Iterator[Sample]:
         """One sample per place; an unreadable one is replaced by the next that can be read, whoever asks from where."""
