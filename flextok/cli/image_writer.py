@@ -125,14 +125,26 @@ def fill_split(
                     logger.warning("leaving out an unreadable image: %s", one)
                     bad.add(1)
             report(len(done))
-        folder.write_shard(
-            name,
-            number,
-            lambda path, images=images: shard_format.write(path, images),  # type: ignore[misc]
-            suffix=shard_format.suffix,
-            num_samples=len(images),
-            num_skipped=len(positions) - len(images),
-        )
+        _write(folder, name, number, shard_format, images, num_skipped=len(positions) - len(images))
+
+
+def _write(
+    folder: ShardFolder,
+    split_name: str,
+    number: int,
+    shard_format: ShardFormat,
+    images: Sequence[ImageFile],
+    *,
+    num_skipped: int,
+) -> None:
+    folder.write_shard(
+        split_name,
+        number,
+        lambda path: shard_format.write(path, images),
+        suffix=shard_format.suffix,
+        num_samples=len(images),
+        num_skipped=num_skipped,
+    )
 
 
 def prepare_image(key: str, content: bytes, *, image_size: int | None, quality: int) -> ImageFile:

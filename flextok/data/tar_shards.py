@@ -93,7 +93,7 @@ def _files(stream: Any, url: str) -> Iterator[dict[str, Any]]:
                 file = archive.extractfile(member)
                 assert file is not None
                 yield {"fname": member.name, "data": file.read(), "__url__": url}
-            archive.members = []  # Would hold all names read so far.
+            archive.members = []  # type: ignore[attr-defined]  # Would hold all names read so far.
 
 
 def _first_image(sample: dict[str, Any]) -> bytes | None:

@@ -16,8 +16,10 @@ from flextok.data.stream_loader import StreamLoader, StreamSampler
 from flextok.data.tar_shards import IMAGES, key_of
 
 _NEEDED: dict[str | None, tuple[Split, ...]] = {
-    **{None: ("train", "val"), "fit": ("train", "val")},
-    **{"validate": ("val",), "test": ("test",)},
+    None: ("train", "val"),
+    "fit": ("train", "val"),
+    "validate": ("val",),
+    "test": ("test",),
 }
 Urls = str | Sequence[str] | None
 
