@@ -5,6 +5,7 @@ that a configuration does not have is not checked, so training and evaluation sh
 """
 
 import os
+import re
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -119,7 +120,8 @@ def _check_paths(cfg: DictConfig) -> None:
     for field, valid in (("ckpt_path", "null, auto, or an"), ("init_from", "null, or an"), ("data.root", "an")):
         value = setting(cfg, field)
         is_auto = field == "ckpt_path" and value == "auto"
-        if value is not None and not is_auto and not Path(value).expanduser().exists():
+        is_url = field == "data.root" and re.match(r"[a-z]\w+:", str(value))
+        if value is not None and not is_auto and not is_url and not Path(value).expanduser().exists():
             refuse(field, value, f"{valid} existing path (looked in {os.getcwd()})")
     vae = setting(cfg, "latent.path")
     if vae is not None and _looks_local(vae) and not Path(vae).expanduser().is_dir():

@@ -42,6 +42,7 @@ AT_MODULE_LEVEL = {
     "sklearn": set(),
     "skimage": set(),
     "torchvision": set(),
+    "webdataset": set(),
     "transformers": {"fusion"},
 }
 # These parts may not import the library at all.

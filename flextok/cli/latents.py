@@ -53,8 +53,10 @@ def _encode(args: argparse.Namespace) -> None:
     from omegaconf import OmegaConf
     from tqdm import tqdm
 
-    from flextok.cli.latent_writer import LatentFolder, encode_split
+    from flextok.cli.latent_writer import encode_split
+    from flextok.cli.shard_folder import ShardFolder
     from flextok.config import compose
+    from flextok.data.latent_shards import LATENTS
     from flextok.data.latents import LatentsDataModule
     from flextok.evaluation.run import pick_device
 
@@ -80,7 +82,7 @@ def _encode(args: argparse.Namespace) -> None:
         "seed": config.seed,
         "dtype": args.dtype,
     }
-    folder = LatentFolder(args.out_dir, settings)
+    folder = ShardFolder(args.out_dir, settings, LATENTS, argument="OUT_DIR")
     for split in args.splits:
         dataset = images.datasets[split]
         with tqdm(total=len(dataset), desc=split, unit="image") as bar:

@@ -64,10 +64,11 @@ class ImageDataModule(LightningDataModule, ABC):
         """Build all three datasets, unless that is done; they are cheap until they are read."""
         if not self.datasets:
             self.datasets = self.make_datasets()
+        if stage not in (None, "fit"):
+            return  # Whoever only evaluates may do so on few images.
         num_images = len(self.datasets["train"])
         largest = num_images // rank_and_world_size()[1]
-        # Whoever only evaluates may do so on few images.
-        if stage in (None, "fit") and self.batch_size > largest:
+        if self.batch_size > largest:
             raise ValueError(
                 f"data.batch_size is {self.batch_size}, but the train set has only {num_images} "
                 f"images for all ranks together: it must be between 1 and {largest}"

@@ -75,6 +75,14 @@ def list_images(root: Path) -> list[str]:
     """
     if not root.is_dir():
         raise ValueError(f"data.root={root} is not a folder: give a folder of {', '.join(SUFFIXES)} files")
+    paths = find_images(root)
+    if not paths:
+        raise ValueError(f"data.root={root} has no image, at any depth: looked for {', '.join(SUFFIXES)}")
+    return paths
+
+
+def find_images(root: Path) -> list[str]:
+    """The same for a folder that may hold none."""
     paths = []
     seen = {os.path.realpath(root)}
     for folder, subfolders, files in os.walk(root, followlinks=True):
@@ -85,8 +93,6 @@ def list_images(root: Path) -> list[str]:
         relative = Path(folder).relative_to(root)
         images = [name for name in files if name[0] != "." and name.lower().endswith(SUFFIXES)]
         paths += [(relative / name).as_posix() for name in images]
-    if not paths:
-        raise ValueError(f"data.root={root} has no image, at any depth: looked for {', '.join(SUFFIXES)}")
     return sorted(paths)
 
 

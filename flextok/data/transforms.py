@@ -3,6 +3,7 @@
 import struct
 import zlib
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 import torch
@@ -28,15 +29,17 @@ DECODE_ERRORS = (
 _FORMATS = ("JPEG", "PNG", "WEBP")
 
 
-def decode(path: Path) -> Image.Image:
+def decode(file: Path | BinaryIO) -> Image.Image:
     """Read a JPEG, PNG or WebP as RGB, upright as its EXIF orientation says; the first frame of an animation.
 
     Raises:
         One of `DECODE_ERRORS`: The file is not a complete image of one of these formats.
     """
-    with path.open("rb") as stream:
-        image: Image.Image = Image.open(stream, formats=_FORMATS)
-        image.load()
+    if isinstance(file, Path):
+        with file.open("rb") as stream:
+            return decode(stream)
+    image: Image.Image = Image.open(file, formats=_FORMATS)
+    image.load()
     # Only where needed: exif_transpose copies the image even if it is upright already.
     if image.getexif().get(ExifTags.Base.Orientation, 1) != 1:
         image = ImageOps.exif_transpose(image)

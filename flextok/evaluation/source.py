@@ -60,6 +60,9 @@ class ModelSource:
             data = sanitize_hydra_config({"data": self.config.get("data")}, allowed=DATA_TARGETS)["data"]
             if not isinstance(data, dict) or "_target_" not in data:
                 raise ValueError("config, data: there is no data module")
+            # The webdataset library hands what follows to a shell.
+            if "pipe:" in str(data):
+                raise ValueError("config, data: a URL that begins with pipe: is a command, and is not run unasked")
         except ValueError as error:
             raise ValueError(f"{self.path}: {error}; or choose the data yourself, data=<group>") from error
         return data

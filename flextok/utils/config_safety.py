@@ -72,6 +72,7 @@ DATA_TARGETS = frozenset(
         "flextok.data.digits.DigitsDataModule",
         "flextok.data.image_folder.ImageFolderDataModule",
         "flextok.data.photos.PhotosDataModule",
+        "flextok.data.webdataset.WebDatasetDataModule",
     )
 )
 

@@ -5,6 +5,7 @@ from hydra import compose, initialize_config_dir
 from hydra.utils import instantiate
 from omegaconf import MissingMandatoryValue
 
+from flextok.cli import main
 from flextok.data.datamodule import ImageDataModule
 from tests.data_modules.images import write_images
 from tests.support import REPOSITORY
@@ -19,8 +20,10 @@ def build(name, *overrides):
 
 @pytest.mark.parametrize("name", sorted({path.stem for path in CONFIGS.glob("data/*.yaml")} - {"latents"}))
 def test_every_config_of_images_gives_batches(tmp_path, name):
-    write_images(tmp_path, 40)
-    overrides = [f"data.root={tmp_path}", "data.image_size=16"] if name == "image_folder" else []
+    write_images(tmp_path / "images", 40)
+    main(["prepare", str(tmp_path / "images"), str(tmp_path / "shards"), "--workers", "0"])
+    roots = {"image_folder": tmp_path / "images", "webdataset": tmp_path / "shards"}
+    overrides = [f"data.root={roots[name]}", "data.image_size=16"] if name in roots else []
     data = build(name, "data.num_workers=0", *overrides)
     assert isinstance(data, ImageDataModule)
     assert data.seed == 3

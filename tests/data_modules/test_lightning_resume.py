@@ -30,7 +30,7 @@ class Recorder(LightningModule):
         return torch.optim.SGD(self.parameters(), lr=0.1)
 
 
-def fit(folder, *, ckpt_path=None, num_workers=0, every=None, **settings):
+def fit(folder, *, ckpt_path=None, num_workers=0, every=None, make_data=photos, **settings):
     module = Recorder()
     checkpoint = ModelCheckpoint(
         folder, filename="{step}", save_top_k=-1, every_n_train_steps=every, every_n_epochs=None if every else 1
@@ -43,7 +43,7 @@ def fit(folder, *, ckpt_path=None, num_workers=0, every=None, **settings):
         enable_model_summary=False,
         **({"max_steps": NUM_STEPS} | settings),
     )
-    data = photos(num_workers=num_workers)
+    data = make_data(num_workers=num_workers)
     trainer.fit(module, datamodule=data, ckpt_path=ckpt_path, weights_only=True)
     return module.seen
 
