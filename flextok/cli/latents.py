@@ -75,7 +75,7 @@ def _encode(args: argparse.Namespace) -> None:
     model.freeze()
     model.to(pick_device(args.device)).eval()
     settings: dict[str, Any] = {
-        "vae": vae,
+        "vae": {name: value for name, value in vae.items() if name != "in_memory"},
         "vae_weights": _fingerprint(model),
         "latent": latent,
         "data": {name: value for name, value in data.items() if name not in _SPEED_SETTINGS},

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from flextok.flextok_wrapper import FlexTok
 from flextok.training.ema import CHECKPOINT_KEY
+from flextok.training.optim import belongs_to
 from flextok.training.run_folder import CHECKPOINTS, CONFIG
 from flextok.utils.config_safety import sanitize_hydra_config
 from flextok.utils.instantiate import build_model
@@ -27,10 +28,13 @@ _READ_ERRORS = (
     *(KeyError, IndexError, ValueError, TypeError, AttributeError),
 )
 _MODEL_PREFIX = "model."  # FlexTok's attribute in TokenizerModule
+_VAE_IN_MEMORY = "model.vae.in_memory"
 
 
 def load_run(path: str | Path, weights: Weights = "ema", *, trust: bool = False) -> tuple[FlexTok, DictConfig]:
     """Return the model of a run on the CPU, in eval mode, and the config of the run.
+
+    The model is whole: a VAE that the run did not keep in memory is read from where its config says.
 
     Args:
         path: a run folder (its newest regular checkpoint is taken) or a `.ckpt` file inside one.
@@ -43,6 +47,9 @@ def load_run(path: str | Path, weights: Weights = "ema", *, trust: bool = False)
     file = checkpoint_of_run(path)
     checkpoint = read_checkpoint(file)
     cfg = run_config(file, checkpoint)
+    has_vae = OmegaConf.select(cfg, _VAE_IN_MEMORY) is not False
+    if not has_vae:
+        OmegaConf.update(cfg, _VAE_IN_MEMORY, True)
     state = _tensors(checkpoint.get("state_dict"), file)
     if weights == "ema":
         if CHECKPOINT_KEY in checkpoint:
@@ -56,7 +63,11 @@ def load_run(path: str | Path, weights: Weights = "ema", *, trust: bool = False)
         model = hydra.utils.instantiate(cfg.model, _convert_="all")
     else:
         model = _build_untrusted(cfg, file, shapes={name: t.shape for name, t in weights_of_model.items()})
-    check_same_weights(weights_of_model, model.state_dict(), source=f"{file}", valid="the config of the run itself")
+    expected = model.state_dict()
+    if not has_vae:
+        vae = {name: tensor for name, tensor in expected.items() if belongs_to(name, "vae")}
+        weights_of_model = vae | weights_of_model
+    check_same_weights(weights_of_model, expected, source=f"{file}", valid="the config of the run itself")
     model.load_state_dict(weights_of_model)
     return model.eval(), cfg
 

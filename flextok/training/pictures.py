@@ -71,8 +71,9 @@ class ReconstructionPictures(Callback):
         batch = {self._kind: torch.cat(self._entries), "key": self._keys}
         encoded = encode_batch(model, batch, seed=self.seed)
         originals = self._kind == "image"
-        first = torch.cat(self._entries) if originals else decode_latents(model, encoded)
-        rows = reconstructions(model, encoded, keep_ks=keep_ks, seed=self.seed, **self.decode_options)
+        with model.vae.loaded(pl_module.device):
+            first = torch.cat(self._entries) if originals else decode_latents(model, encoded)
+            rows = reconstructions(model, encoded, keep_ks=keep_ks, seed=self.seed, **self.decode_options)
         labelled = {f"{keep_k} of {model.num_registers}": row for keep_k, row in zip(keep_ks, rows, strict=True)}
         grid = image_grid({"original" if originals else "latents": first, **labelled})
         save_image(grid, self.folder / f"step_{trainer.global_step:06d}.png")
