@@ -44,7 +44,7 @@ def spoilt_run(monkeypatch):
 @pytest.mark.parametrize("fused", ["true", "false"])
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_a_step_that_is_not_finite_changes_no_weight(tmp_path, spoilt_run, caplog, fused, value):
-    weights = spoilt_run(small_config(tmp_path, f"+optimizer.fused={fused}"), {3}, value)
+    weights = spoilt_run(small_config(tmp_path, f"optimizer.fused={fused}"), {3}, value)
     changes = [largest_difference(after, before) for before, after in zip(weights, weights[1:], strict=False)]
     assert [change == 0 for change in changes] == [False, False, True, False, False, False, False]
     assert "step 4: the gradient is not finite, the step is left out (1 in a row" in caplog.text
