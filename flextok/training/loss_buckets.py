@@ -18,8 +18,6 @@ class LossBuckets(Measurement):
 
     def __init__(self, *, num_times: int) -> None:
         super().__init__()
-        if num_times < 1:
-            raise ValueError(f"callbacks.loss_buckets.num_times={num_times}: valid are integers from 1 on")
         self.num_times = num_times
         self._ends: list[int] = []
         self._totals: Tensor | None = None
