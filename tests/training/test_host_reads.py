@@ -2,7 +2,9 @@
 
 import sys
 from collections import Counter
+from pathlib import Path
 
+import lightning
 import pytest
 import torch
 from lightning import Callback
@@ -10,6 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from flextok.training import run as run_module
 from flextok.training.run import run
+from tests.support import REPOSITORY
 from tests.training.support import small_config
 
 aten = torch.ops.aten
@@ -18,6 +21,7 @@ READING = {
     *(aten._local_scalar_dense.default, aten.nonzero.default, aten.masked_select.default, aten.equal.default),
     *(aten.bincount.default, aten._unique2.default, aten.unique_dim.default),
 }
+FOLDERS = REPOSITORY / "flextok", Path(lightning.__file__).parent, Path(torch.optim.__file__).parent
 FIRST, LAST = 2, 8
 """Steps that are looked at, none of them logged; from the beginning of one to that of the other."""
 
@@ -42,6 +46,7 @@ class HostReads(TorchDispatchMode):
     def __init__(self):
         super().__init__()
         self.by = Counter()
+        self.is_on = False
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         if func in READING:
@@ -51,10 +56,10 @@ class HostReads(TorchDispatchMode):
     def note(self):
         frame = sys._getframe(2)
         while frame is not None:
-            file = frame.f_code.co_filename
-            for root in ("flextok/", "lightning/", "torch/optim/"):
-                if f"/{root}" in file and "/tests/" not in file:
-                    self.by[root + file.rpartition(f"/{root}")[2], frame.f_code.co_name] += 1
+            for folder in FOLDERS:
+                if Path(frame.f_code.co_filename).is_relative_to(folder):
+                    file = Path(frame.f_code.co_filename).relative_to(folder.parent).as_posix()
+                    self.by[file, frame.f_code.co_name] += 1
                     return
             frame = frame.f_back
         self.by["unknown", "unknown"] += 1
@@ -69,7 +74,9 @@ class Watch(Callback):
     def on_train_batch_start(self, trainer, *args):
         if trainer.global_step == FIRST:
             self.reads.__enter__()
+            self.reads.is_on = True
         elif trainer.global_step == LAST:
+            self.reads.is_on = False
             self.reads.__exit__(None, None, None)
 
 
@@ -85,22 +92,23 @@ def reads_of(monkeypatch):
             trainer.callbacks.insert(0, Watch(reads))
             return trainer
 
-        is_on = lambda: any(mode is reads for mode in torch.utils._python_dispatch._get_current_dispatch_mode_stack())  # noqa: E731
         with monkeypatch.context() as patch:
             patch.setattr(run_module, "_build_trainer", with_watch)
-            for name in ("tolist", "numpy", "cpu"):
-                original = getattr(torch.Tensor, name)
-
-                def counted(tensor, *args, original=original, **options):
-                    if is_on() and tensor.requires_grad is not None:
-                        reads.note()
-                    return original(tensor, *args, **options)
-
-                patch.setattr(torch.Tensor, name, counted)
+            for name in ("tolist", "numpy", "cpu"):  # Between devices alike they are no operation of torch.
+                patch.setattr(torch.Tensor, name, counting(getattr(torch.Tensor, name), reads))
             run(cfg)
         return dict(reads.by)
 
     return reads_of
+
+
+def counting(method, reads):
+    def counted(tensor, *args, **options):
+        if reads.is_on:
+            reads.note()
+        return method(tensor, *args, **options)
+
+    return counted
 
 
 def config(folder, *overrides):
