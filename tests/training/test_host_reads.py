@@ -32,6 +32,7 @@ OF_THE_HOST = {
     ("flextok/model/packed_list.py", "offset_ranges"),
     ("flextok/model/packed_shapes.py", "_restored_rows"),
     ("flextok/attention/layout.py", "_build_rows_of"),
+    ("flextok/attention/backends/sdpa.py", "_padded_plan"),
 }
 # On the CPU only: a check of the times; on a GPU it is left out.
 ON_THE_CPU_ONLY = {("flextok/model/preprocessors/time_embedding.py", "timestep_embedding")}
