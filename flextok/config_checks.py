@@ -29,7 +29,7 @@ COUNTS = (
     *("data.batch_size", "data.eval_batch_size", "data.image_size", "latent.downsample", "validation.num_sigmas"),
     *("trainer.val_check_interval", "trainer.log_every_n_steps", "trainer.accumulate_grad_batches"),
     *("callbacks.last.every_n_steps", "callbacks.last.keep_every_n_steps"),
-    *("callbacks.pictures.num_images", "callbacks.pictures.timesteps"),
+    *("callbacks.pictures.num_images", "callbacks.pictures.timesteps", "callbacks.loss_buckets.num_times"),
 )
 KEEP_K_FIELDS = ("validation.keep_ks", "evaluation.keep_ks", "callbacks.pictures.keep_ks")
 MAX_SEED = 2**32 - 1  # What Lightning and NumPy take.
@@ -94,6 +94,9 @@ def _check_precision(cfg: DictConfig) -> None:
     precision = setting(cfg, "trainer.precision")
     if precision is not None and str(precision) not in PRECISIONS:
         refuse("trainer.precision", precision, ", ".join(PRECISIONS))
+    if str(precision) in ("16-mixed", "16") and setting(cfg, "optimizer.fused"):
+        # It unscales gradients in its own step: before, they cannot be clipped or measured.
+        refuse("optimizer.fused", True, f"false where trainer.precision={precision}")
 
 
 def _check_attention(cfg: DictConfig) -> None:

@@ -7,6 +7,8 @@ import torch
 from lightning import Callback, LightningModule, Trainer
 from torch import Tensor
 
+from flextok.training.progress import is_logged
+
 logger = logging.getLogger(__name__)
 
 CHECKPOINT_KEY = "ema"
@@ -54,6 +56,8 @@ class ExponentialMovingAverage(Callback):
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
+        if trainer.global_step != self._last_step and is_logged(trainer):
+            pl_module.log("train/ema_decay", self.current_decay())
         self._catch_up(trainer, pl_module)
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:

@@ -21,6 +21,8 @@ from tests.training.support import small_config
         ("data.batch_size=0", "data.batch_size=0 .* at least 1"),
         ("data.eval_batch_size=true", "data.eval_batch_size=True .* an integer"),
         ("trainer.precision=fp8", "trainer.precision='fp8' .* valid: 32-true, bf16-mixed"),
+        ("trainer.precision=16-mixed", "optimizer.fused=True .* valid: false where trainer.precision=16-mixed"),
+        ("callbacks.loss_buckets.num_times=0", "callbacks.loss_buckets.num_times=0 .* valid: .*1"),
         ("trainer.precision=bf16-true", "trainer.precision='bf16-true' .* valid: 32-true, bf16-mixed"),
         ("trainer.precision=64", "trainer.precision=64 "),
         ("trainer.max_steps=1.5", "trainer.max_steps=1.5 .* an integer of at least 1"),

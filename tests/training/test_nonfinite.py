@@ -1,10 +1,13 @@
 """Gradients that are not finite: the step is left out; too many in a row end the run, and nothing is lost."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from lightning import Callback
 
 from flextok.training import run as run_module
+from flextok.training.nonfinite import NonFiniteGuard, _Pending
 from flextok.training.run import run
 from tests.training.support import largest_difference, load, small_config
 
@@ -44,7 +47,7 @@ def spoilt_run(monkeypatch):
 @pytest.mark.parametrize("fused", ["true", "false"])
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_a_step_that_is_not_finite_changes_no_weight(tmp_path, spoilt_run, caplog, fused, value):
-    weights = spoilt_run(small_config(tmp_path, f"+optimizer.fused={fused}"), {3}, value)
+    weights = spoilt_run(small_config(tmp_path, f"optimizer.fused={fused}"), {3}, value)
     changes = [largest_difference(after, before) for before, after in zip(weights, weights[1:], strict=False)]
     assert [change == 0 for change in changes] == [False, False, True, False, False, False, False]
     assert "step 4: the gradient is not finite, the step is left out (1 in a row" in caplog.text
@@ -86,3 +89,21 @@ def test_the_count_survives_a_resume(tmp_path, spoilt_run):
 def test_a_negative_number_is_refused(tmp_path):
     with pytest.raises(Exception, match="max_in_a_row=-1: valid are 0 and above"):
         run(small_config(tmp_path, "callbacks.nonfinite.max_in_a_row=-1"))
+
+
+def test_on_a_gpu_a_step_is_judged_when_the_one_after_the_next_starts(tmp_path):
+    guard = NonFiniteGuard(folder=str(tmp_path), max_in_a_row=1)
+    waited = []
+
+    def start(step):
+        guard.on_train_batch_start(None, None, None, step)
+        event = SimpleNamespace(synchronize=lambda: waited.append(step))
+        guard._pending.append(_Pending(step, torch.tensor(True), event))
+        guard.on_train_batch_end(None, None, None, {"image": torch.zeros(1)}, step)
+
+    for step in range(3):
+        start(step)
+        assert len(waited) == max(0, step - 1)
+    with pytest.raises(ValueError, match="2 steps in a row, up to step 2"):
+        guard.on_train_batch_start(SimpleNamespace(global_rank=0), None, None, 3)
+    assert waited == [0, 1]
