@@ -43,6 +43,8 @@ AT_MODULE_LEVEL = {
     "skimage": set(),
     "torchvision": set(),
     "transformers": {"fusion"},
+    "datasets": set(),
+    "litdata": set(),
 }
 # These parts may not import the library at all.
 NEVER = {"attention": {"diffusers", "lightning", "PIL"}, "fusion": {"diffusers", "lightning"}}

@@ -22,7 +22,7 @@ class StreamingDataModule(ImageDataModule):
     workers nor on that of ranks. So it is resumed exactly, whatever becomes of these.
 
     Args:
-        path: The folder above the splits, or its URL (`s3://`, `gs://`, `azure://`, `hf://`, `local:`).
+        path: The folder above the splits, or its URL (`s3://`, `gs://`, `local:`).
         train_split: The folder of the split below `path`; so are `val_split` and `test_split`.
         cache_dir: Where chunks of a URL are kept on this machine.
         cache_gb: How many gigabytes of chunks of each split are kept there; None keeps all.

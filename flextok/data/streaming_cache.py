@@ -52,6 +52,7 @@ class ChunkCache:
                 part.unlink(missing_ok=True)
                 self._download(name, part)
                 os.replace(part, path)
+                Path(f"{part}.lock").unlink(missing_ok=True)  # LitData's own
         if self.max_bytes is not None:
             with FileLock(self.folder / "room.lock"):
                 self._make_room(keep=path)
