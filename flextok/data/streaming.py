@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from itertools import accumulate
 from pathlib import Path
+from typing import Any
 
 import torch
 from jaxtyping import Int64
@@ -86,7 +87,6 @@ class StreamingDataModule(ImageDataModule):
                 )
         return StreamedSquares(
             source,
-            range(len(source)),
             image_size=self.image_size,
             seed=self.seed,
             is_training=split == "train",
@@ -109,8 +109,8 @@ class StreamedSquares(SquareImages):
 
     source: StreamedImages
 
-    def __init__(self, *arguments: object, streams: int, shuffle_chunks: int, **others: object) -> None:
-        super().__init__(*arguments, **others)  # type: ignore[arg-type]
+    def __init__(self, source: StreamedImages, *, streams: int, shuffle_chunks: int, **others: Any) -> None:
+        super().__init__(source, range(len(source)), **others)
         self.streams = streams
         self.shuffle_chunks = shuffle_chunks
         self.order_settings = f"data.shuffle_chunks={shuffle_chunks}, data.streams={streams} on {self.fingerprint()}"

@@ -14,7 +14,7 @@ class ChunkCache:
     Args:
         url: Where the chunks are.
         root: Where copies of them are kept, each data set in a folder of its own.
-        max_bytes: The longest-held chunks go when there are more than so many bytes; None keeps all.
+        max_bytes: The chunks that nobody has opened for longest go when there are more than so many bytes; None keeps all.
 
     Raises:
         ValueError: There is no index at the URL.
@@ -44,8 +44,11 @@ class ChunkCache:
         from filelock import FileLock
 
         path = self.folder / name
-        if path.exists():
+        try:
+            os.utime(path)  # so that no other process throws it away just now
             return path
+        except FileNotFoundError:
+            pass
         with FileLock(f"{path}.lock"):
             if not path.exists():
                 part = self.folder / f"{name}.part"
@@ -59,7 +62,6 @@ class ChunkCache:
         return path
 
     def _make_room(self, keep: Path) -> None:
-        # By age, not by use: an epoch goes once through all chunks.
         found = sorted((path.stat().st_mtime_ns, path) for path in self.folder.glob("*.bin"))
         total = sum(path.stat().st_size for _, path in found)
         for _, path in found:

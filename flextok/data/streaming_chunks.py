@@ -158,16 +158,14 @@ def _formats(config: dict[str, Any], path: str) -> dict[str, str]:
     """The format of each field of a sample, by name, in the order in which they are stored."""
     if config.get("compression") or config.get("encryption"):
         raise ValueError(f"data.path={path} is compressed or encrypted; valid: plain chunks (images are compressed)")
-    kind, names = None, []
-    if config.get("data_spec"):
-        spec = json.loads(config["data_spec"])[1]
-        kind, names = spec["type"], json.loads(spec["context"] or "null")
-    if kind != "builtins.dict" or len(names) != len(config["data_format"]) or "image" not in names:
+    spec = json.loads(config["data_spec"])[1] if config.get("data_spec") else {}
+    names = json.loads(spec["context"]) if spec.get("type") == "builtins.dict" else []
+    if len(names) != len(config["data_format"]) or "image" not in names:
         raise ValueError(
             f"data.path={path} has samples with the fields {names}; valid: dictionaries of single values with 'image' "
             "and, if you like, 'key'"
         )
-    formats = {name: kind.split(":")[0] for name, kind in zip(names, config["data_format"], strict=True)}
+    formats = {name: stored.split(":")[0] for name, stored in zip(names, config["data_format"], strict=True)}
     for field, valid in (("image", (*_ENCODED, "pil")), ("key", ("str",))):
         if formats.get(field, valid[0]) not in valid:
             raise ValueError(f"data.path={path}: {field} is stored as {formats[field]!r}; valid: {', '.join(valid)}")

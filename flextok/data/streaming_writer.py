@@ -6,9 +6,9 @@ last. A shard that was written has a description beside it, `<shard>.json`, so a
 
 import json
 import os
+import shutil
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from time import time
 from typing import Any
 
@@ -54,9 +54,11 @@ def write_streaming_shard(folder: str | Path, shard: int, samples: Iterable[tupl
     check_litdata()
     from litdata.streaming.writer import BinaryWriter
 
-    with TemporaryDirectory(dir=folder, prefix=f".{shard}-") as temporary:
+    temporary = folder / f".{shard}.part"
+    shutil.rmtree(temporary, ignore_errors=True)  # of a process that was killed
+    try:
         # LitData decides when a chunk is full; we do, by what we give it.
-        writer = BinaryWriter(temporary, chunk_bytes=2**40)
+        writer = BinaryWriter(str(temporary), chunk_bytes=2**40)
         total = 0
         for number, (key, image) in enumerate(samples):
             total += len(image)
@@ -66,12 +68,14 @@ def write_streaming_shard(folder: str | Path, shard: int, samples: Iterable[tupl
         if not total:
             raise ValueError(f"shard {shard} of {folder} has no images")
         writer.done()
-        (written,) = Path(temporary).glob("*.bin")
-        (index,) = Path(temporary).glob(f"*{INDEX}")
+        (written,) = temporary.glob("*.bin")
+        (index,) = temporary.glob(f"*{INDEX}")
         description = json.loads(index.read_text())
         description["chunks"][0]["filename"] = _chunk_name(shard)
         os.replace(written, folder / _chunk_name(shard))
         _write_json(folder / f"{shard}.json", description)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
 
 
 def is_shard_written(folder: str | Path, shard: int) -> bool:
