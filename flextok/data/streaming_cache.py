@@ -14,7 +14,7 @@ class ChunkCache:
     Args:
         url: Where the chunks are.
         root: Where copies of them are kept, each data set in a folder of its own.
-        max_bytes: The chunks that nobody has opened for longest go when there are more than so many bytes; None keeps all.
+        max_bytes: When there is more than this, chunks that nobody has opened for longest go; None keeps all.
 
     Raises:
         ValueError: There is no index at the URL.

@@ -23,6 +23,7 @@ from flextok.data.transforms import Encoded
 
 # Formats of LitData whose bytes are those of an image file.
 _ENCODED = ("bytes", "jpeg", "image", "file")
+_CONTENT_ERRORS = (OSError, ValueError, LookupError, struct.error)
 
 
 class StreamedImages(ImageSource):
@@ -71,15 +72,16 @@ class StreamedImages(ImageSource):
         place = bisect_right(self.ends, number)
         row = number - (self.ends[place - 1] if place else 0)
         name = self.chunks[place]["filename"]
+        chunk = self._chunk(place)
         try:
-            values = self._chunk(place).row(row)
-            image, key = values["image"], values.get("key")
+            values = chunk.row(row)
+            image = values["image"]
             if self.formats["image"] == "pil":
                 from litdata.streaming.serializers import PILSerializer
 
-                return key or f"{Path(name).stem}/{row}", PILSerializer.deserialize(image)
-            return key or f"{Path(name).stem}/{row}", image
-        except (OSError, ValueError, LookupError, struct.error) as error:
+                image = PILSerializer.deserialize(image)
+            return values.get("key") or f"{Path(name).stem}/{row}", image
+        except _CONTENT_ERRORS as error:
             raise ValueError(_damaged(self.folder / name, str(error))) from error
 
     def fingerprint(self, numbers: Sequence[int]) -> str:
@@ -91,7 +93,10 @@ class StreamedImages(ImageSource):
             chunk = self.chunks[place]
             path = self.folder / chunk["filename"] if self.cache is None else self.cache.get(chunk["filename"])
             _check_size(path, chunk)
-            self._open_chunks[place] = _Chunk(path, self.formats, num_rows=self.sizes[place])
+            try:
+                self._open_chunks[place] = _Chunk(path, self.formats, num_rows=self.sizes[place])
+            except _CONTENT_ERRORS as error:
+                raise ValueError(_damaged(path, str(error))) from error
             if len(self._open_chunks) > self.max_open:
                 self._open_chunks.popitem(last=False)
         self._open_chunks.move_to_end(place)
