@@ -23,6 +23,7 @@ MANDATORY = {
     "size.encoder_depth": "an integer of at least 1 (model=flextok leaves it open)",
     "size.decoder_depth": "an integer of at least 1 (model=flextok leaves it open)",
     "data.root": "a folder with images",
+    "data.path": "a folder or URL of LitData chunks (data=streaming), a folder or the name of a Hugging Face data set",
     "latent.path": "the local folder of a diffusers AutoencoderKL, or its name on the hub (owner/name)",
 }
 COUNTS = (

@@ -67,6 +67,7 @@ def prepared(tmp_path_factory):
         for i in range(6):
             Image.new("RGB", (40, 30), (40 * i, 90, 120)).save(f"my_images/{i}.jpg")
         shutil.copy("my_images/0.jpg", "cat.jpg")
+        write_data_sets(sorted(Path("my_images").iterdir()))
         steps = (
             "size.registers=16",
             "trainer.max_steps=2",
@@ -79,6 +80,19 @@ def prepared(tmp_path_factory):
         for name in ("released", "EPFL-VILAB/flextok_d18_d28_dfn"):
             export_model(instantiate(config), config, name)
     return folder
+
+
+def write_data_sets(files):
+    """The same images in LitData chunks and in a table of Hugging Face."""
+    import datasets
+
+    from flextok.data.streaming_writer import write_streaming_split
+
+    for split in ("train", "val", "test"):
+        write_streaming_split(f"my_chunks/{split}", ((file.name, file.read_bytes()) for file in files))
+    rows = {"image": [str(file) for file in files], "name": [file.name for file in files]}
+    table = datasets.Dataset.from_dict(rows).cast_column("image", datasets.Image())
+    datasets.DatasetDict({"train": table, "validation": table}).save_to_disk("my_table")
 
 
 def run_train(arguments, caplog):

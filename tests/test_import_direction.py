@@ -44,6 +44,8 @@ AT_MODULE_LEVEL = {
     "torchvision": set(),
     "webdataset": set(),
     "transformers": {"fusion"},
+    "datasets": set(),
+    "litdata": set(),
 }
 # These parts may not import the library at all.
 NEVER = {"attention": {"diffusers", "lightning", "PIL"}, "fusion": {"diffusers", "lightning"}}

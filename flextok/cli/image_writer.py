@@ -153,7 +153,7 @@ def prepare_image(key: str, content: bytes, *, image_size: int | None, quality: 
     Raises:
         One of `DECODE_ERRORS`: It is no complete image.
     """
-    image = decode(BytesIO(content))
+    image = decode(content)
     shorter = min(image.size)
     if image_size is None or shorter <= image_size:
         return ImageFile(key, PurePosixPath(key).suffix.lower(), content)

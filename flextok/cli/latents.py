@@ -69,7 +69,7 @@ def _encode(args: argparse.Namespace) -> None:
     assert isinstance(data, dict)
     images = hydra.utils.instantiate(data, _convert_="all")
     if isinstance(images, LatentsDataModule):
-        raise ValueError("data=latents are latents already; valid: data=digits, data=photos, data=image_folder")
+        raise ValueError("data=latents are latents already; valid: images, such as data=image_folder")
     images.setup("predict")
     model = hydra.utils.instantiate(vae, _convert_="all")
     model.freeze()

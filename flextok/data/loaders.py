@@ -45,7 +45,7 @@ class ResumableLoader(DataLoader):
             yield batch
         sampler.set_epoch(epoch + 1)
 
-    def state_dict(self) -> dict[str, int]:
+    def state_dict(self) -> dict[str, Any]:
         """Where this loader is, counted in samples of all ranks, so that their number may change."""
         sampler = self.sampler
         if not isinstance(sampler, TrainSampler):
@@ -55,9 +55,10 @@ class ResumableLoader(DataLoader):
             "position": self._position * sampler.num_replicas,
             "seed": sampler.seed,
             "dataset_size": sampler.dataset_size,
+            "order_settings": sampler.images.order_settings,
         }
 
-    def load_state_dict(self, state: dict[str, int]) -> None:
+    def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on from `state`.
 
         Raises:
@@ -75,6 +76,12 @@ class ResumableLoader(DataLoader):
             raise ValueError(
                 f"the train set has {sampler.dataset_size} images, but the run to resume had "
                 f"{state['dataset_size']}: resume with the same data, or start a new run from its weights"
+            )
+        ours, theirs = sampler.images.order_settings, state.get("order_settings", "")
+        if ours != theirs:
+            raise ValueError(
+                f"the train set is shuffled with {ours or 'nothing but the seed'}, but that of the run to resume with "
+                f"{theirs or 'nothing but the seed'}: resume with the same, or start a new run from its weights"
             )
         epoch, position = state["epoch"], state["position"] // sampler.num_replicas
         if position >= len(sampler):

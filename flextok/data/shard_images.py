@@ -7,7 +7,6 @@ from bisect import bisect_right
 from collections.abc import Callable, Iterator, Sequence
 from functools import cached_property
 from hashlib import blake2b
-from io import BytesIO
 from itertools import accumulate, islice
 
 import torch
@@ -88,7 +87,7 @@ class ImageDecoder:
         try:
             if raw.image is None:
                 raise ValueError("the sample has no image file")
-            image = decode(BytesIO(raw.image))
+            image = decode(raw.image)
         except DECODE_ERRORS as error:
             if self._is_bad[flag]:
                 return None

@@ -85,7 +85,7 @@ class StreamedImages(ImageDataset):
         return {**self.__dict__, "_open": {}}
 
     def variant(self, number: int, variant: int) -> Sample | None:
-        """The image itself or mirrored, of the samples in their order; see `FolderImages.variant`."""
+        """The image itself or mirrored, of the samples in their order; see `SquareImages.variant`."""
         sample = self.in_order[number]
         if sample is None or not self.flip or self._draw(sample["key"]) == bool(variant % 2):
             return sample

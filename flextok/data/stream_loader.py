@@ -29,12 +29,12 @@ class StreamSampler(TrainSampler):
 class StreamLoader(ResumableLoader):
     """A loader over a `StreamSampler`. A position is exact for the same ranks, workers and batch size alone."""
 
-    def state_dict(self) -> dict[str, int]:
+    def state_dict(self) -> dict[str, Any]:
         """Where this loader is, and how the samples were divided."""
         state = super().state_dict()
         return {**state, **self._division()} if state else state
 
-    def load_state_dict(self, state: dict[str, int]) -> None:
+    def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on from `state`.
 
         Raises:

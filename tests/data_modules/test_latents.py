@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 from flextok.cli import latent_writer, main, shard_folder
 from flextok.cli.latents import encode_images
 from flextok.config import check_config, compose
-from flextok.data.image_folder import FolderImages
+from flextok.data.image_source import SquareImages
 from flextok.data.latents import LatentsDataModule
 from flextok.model.data_dict import RNG_KEY
 from flextok.training.run import build, run
@@ -124,7 +124,7 @@ def test_variants_of_a_file_are_itself_and_its_mirror_image(tmp_path):
     images = instantiate(compose(["data=image_folder", f"data.root={tmp_path}", "data.image_size=8"]).data)
     images.setup("predict")
     dataset = images.datasets["train"]
-    assert isinstance(dataset, FolderImages)
+    assert isinstance(dataset, SquareImages)
     first = [dataset.variant(number, 0)["image"] for number in range(len(dataset))]
     second = [dataset.variant(number, 1)["image"] for number in range(len(dataset))]
     assert all(torch.equal(a, b.flip(-1)) for a, b in zip(first, second, strict=True))

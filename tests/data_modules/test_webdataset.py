@@ -17,7 +17,7 @@ from flextok.evaluation.run import open_split
 from flextok.evaluation.source import find_source
 from flextok.training.run import run
 from tests.data_modules.images import COMMON, image_folder, keys, noise_image, write_images
-from tests.data_modules.test_lightning_resume import NUM_STEPS, fit
+from tests.data_modules.recorded_runs import assert_resumes_everywhere
 from tests.training.support import small_config
 from tests.training.test_distributed import launch
 
@@ -216,10 +216,9 @@ def test_another_division_is_said_and_no_error(root, caplog):
     assert caplog.text == ""
 
 
-@pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize(("num_workers", "every"), [(0, 5), pytest.param(2, 5, marks=pytest.mark.slow), (0, None)])
 def test_lightning_resumes_with_the_remaining_batches(root, tmp_path, num_workers, every):
-    def make_data(num_workers):
+    def make():
         # Six batches are an epoch.
         return WebDatasetDataModule(
             **{"root": root, "train": None, "val": None, "test": None, "samples_per_epoch": None, "shuffle_buffer": 9},
@@ -227,12 +226,7 @@ def test_lightning_resumes_with_the_remaining_batches(root, tmp_path, num_worker
             num_workers=num_workers,
         )
 
-    settings = {"make_data": make_data, "num_workers": num_workers, "every": every}
-    whole = fit(tmp_path / "whole", **settings)
-    assert len(whole) == NUM_STEPS
-    for path in (tmp_path / "whole").glob("*.ckpt"):
-        rest = fit(tmp_path / "rest", ckpt_path=path, **settings)
-        assert rest == whole[int(path.stem.split("=")[1]) :]
+    assert_resumes_everywhere(tmp_path, make, every=every, max_steps=12)
 
 
 def training(folder, root, *overrides):
