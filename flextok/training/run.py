@@ -2,6 +2,8 @@
 
 import logging
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,10 +18,12 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from omegaconf import DictConfig, OmegaConf
 
 from flextok.model.trunks.transformers import compile_blocks, set_attention_backend
-from flextok.training.checkpoints import check_same_weights, checkpoint_of_run, read_checkpoint
+from flextok.training.checkpoint_files import DurableCheckpointIO
+from flextok.training.checkpoints import check_same_weights, read_newest
 from flextok.training.distributed import check_launch, check_one_folder
 from flextok.training.ema import CHECKPOINT_KEY, ExponentialMovingAverage
 from flextok.training.initialize import initialize_from
+from flextok.training.loggers import wandb_id
 from flextok.training.random_states import RandomStates
 from flextok.training.run_folder import write_run_record
 from flextok.training.tokenizer_module import TokenizerModule
@@ -54,15 +58,28 @@ def run(cfg: DictConfig) -> dict[str, float]:
     is left to rank 0.
     """
     _calm_lightning()
-    resume_from = None if cfg.ckpt_path is None else checkpoint_of_run(cfg.ckpt_path)
     training = build(cfg)
     if not training.trainer.is_global_zero:
         logging.getLogger().setLevel(logging.WARNING)  # Once is enough to read that things go well.
-    if resume_from is not None:
-        _check_resume(cfg, resume_from, training.module)
-    rank_zero_only(write_run_record)(Path(cfg.paths.run), cfg)
-    training.trainer.fit(training.module, datamodule=training.data, ckpt_path=resume_from, weights_only=True)
+    resume_from = None if cfg.ckpt_path is None else _find_resume(cfg, training.module)
+    rank_zero_only(write_run_record)(Path(cfg.paths.run), cfg, wandb_id=wandb_id(training.trainer.loggers))
+    with _explained_deaths(cfg):
+        training.trainer.fit(training.module, datamodule=training.data, ckpt_path=resume_from, weights_only=True)
     return {name: float(value) for name, value in training.trainer.callback_metrics.items()}
+
+
+@contextmanager
+def _explained_deaths(cfg: DictConfig) -> Iterator[None]:
+    """Turn torch's words about a data worker that is gone into what to do about it."""
+    try:
+        yield
+    except RuntimeError as error:
+        if "DataLoader worker (pid" not in str(error):
+            raise
+        raise ValueError(
+            f"a data worker died ({' '.join(str(error).split())}), often for lack of memory: try fewer "
+            f"data.num_workers or a smaller data.batch_size, and continue with ckpt_path={cfg.paths.run}"
+        ) from error
 
 
 def build(cfg: DictConfig) -> TrainingRun:
@@ -107,7 +124,7 @@ def _is_no_advertisement(record: logging.LogRecord) -> bool:
 def _build_trainer(cfg: DictConfig) -> Trainer:
     callbacks: list[Callback] = _instantiate_all(cfg.callbacks)
     try:
-        return _instantiate(
+        trainer: Trainer = _instantiate(
             cfg.trainer,
             # Not part of the config: without it a resumed run would silently not be exact.
             callbacks=[OneFolder(cfg.paths.run), RandomStates(cfg.seed), *callbacks],
@@ -117,6 +134,8 @@ def _build_trainer(cfg: DictConfig) -> Trainer:
             enable_progress_bar=any(isinstance(callback, ProgressBar) for callback in callbacks),
             enable_checkpointing=any(isinstance(callback, Checkpoint) for callback in callbacks),
         )
+        trainer.strategy.checkpoint_io = DurableCheckpointIO()
+        return trainer
     except InstantiationException as error:
         if not isinstance(error.__cause__, MisconfigurationException | ValueError | ImportError):
             raise
@@ -142,19 +161,20 @@ def _is_chosen(node: DictConfig | None) -> bool:
     return node is not None and node.get("_target_") is not None
 
 
-def _check_resume(cfg: DictConfig, resume_from: Path, module: TokenizerModule) -> None:
-    """Refuse another model, and say how else the run differs: a forgotten override must not be silent.
+def _find_resume(cfg: DictConfig, module: TokenizerModule) -> Path:
+    """The checkpoint to continue from; how the run differs from it is said: a forgotten override must not be silent.
 
     Raises:
-        ValueError: the file holds no training checkpoint, or one of another model.
+        ValueError: there is none that is whole, or it is no training checkpoint, or one of another model.
     """
-    checkpoint = read_checkpoint(resume_from)
+    resume_from, checkpoint = read_newest(cfg.ckpt_path)
     if "state_dict" not in checkpoint or "loops" not in checkpoint:
         raise ValueError(f"ckpt_path={str(resume_from)!r} is no training checkpoint; for weights use init_from")
     valid = "the overrides of the run that is continued"
     source = f"ckpt_path={str(resume_from)!r}"
     check_same_weights(checkpoint["state_dict"], module.state_dict(), source=source, valid=valid)
     rank_zero_only(_report_changes)(cfg, resume_from, checkpoint)
+    return resume_from
 
 
 def _report_changes(cfg: DictConfig, resume_from: Path, checkpoint: dict[str, Any]) -> None:
