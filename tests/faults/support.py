@@ -80,6 +80,15 @@ def files_end_at(num_bytes):
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
 
 
+def run_and_fill_the_disk(cfg, step, place, num_bytes):
+    """From that place on no file of the run can grow beyond so many bytes."""
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    try:
+        run_with(cfg, At(step, place, lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (num_bytes, limits[1]))))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+
+
 def copy_of(run, folder):
     shutil.copytree(run, folder, dirs_exist_ok=True)
     return folder

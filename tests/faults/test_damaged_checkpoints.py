@@ -50,7 +50,9 @@ def test_a_truncated_checkpoint_is_passed_over_by_whoever_reads_the_run(damaged,
 
 
 def test_a_file_that_was_named_is_not_replaced_by_another(damaged):
-    message = r"last\.ckpt cannot be read, .* others here: previous\.ckpt, best\.ckpt; given its run folder, .*/run, the"
+    message = (
+        r"last\.ckpt cannot be read, .* others here: previous\.ckpt, best\.ckpt; given its run folder, .*/run, the"
+    )
     with pytest.raises(ValueError, match=message):
         run(small_config(damaged, f"ckpt_path={damaged / FOLDER / 'last.ckpt'}"))
 

@@ -50,6 +50,7 @@ def finish(process):
 
 
 @pytest.mark.slow
+@pytest.mark.fault("kill -9")
 @pytest.mark.parametrize("kind", [signal.SIGKILL, signal.SIGTERM])
 def test_a_killed_run_goes_on_exactly(tmp_path, kind):
     # Also as a process of its own: another number of threads would round differently.
