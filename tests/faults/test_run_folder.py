@@ -56,7 +56,7 @@ def test_a_damaged_config_is_replaced_by_the_copy_in_the_checkpoint(finished_run
         assert evaluate(folder, tmp_path / "evaluation")["protocol"]["num_images"] == 4
         assert main(["describe", str(folder)]) == 0
         run(small_config(folder, f"ckpt_path={folder}"))
-        assert file.read_bytes() != content[: len(file.read_bytes())] or file.read_bytes() == content
+        assert len(file.read_bytes()) > len(content) / 2
 
 
 @pytest.mark.fault("damaged metrics.csv")
