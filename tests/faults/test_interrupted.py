@@ -25,7 +25,7 @@ def handlers():
 
 
 @pytest.mark.fault("Ctrl-C")
-@pytest.mark.parametrize(("place", "saved"), [("within", 4), ("in the update", 5)])
+@pytest.mark.parametrize(("place", "saved"), [pytest.param("within", 4, marks=pytest.mark.slow), ("in the update", 5)])
 def test_ctrl_c_saves_the_last_completed_step(finished_run, tmp_path, handlers, place, saved):
     with pytest.raises(SystemExit):
         run_with(small_config(tmp_path), At(saved, place, lambda: signal.raise_signal(signal.SIGINT)))
@@ -78,6 +78,7 @@ def test_a_dead_worker_ends_the_run_with_the_last_completed_step_saved(finished_
     assert_same_result(tmp_path, finished_run)
 
 
+@pytest.mark.slow  # test_run_folder.py asks for the id alone.
 @pytest.mark.fault("interrupted run that logs to wandb")
 def test_a_continued_run_goes_on_in_its_wandb_run(tmp_path, monkeypatch):
     """Offline: what `wandb sync` uploads carries the id, and the server joins the parts."""

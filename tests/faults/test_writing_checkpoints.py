@@ -89,7 +89,10 @@ def test_a_run_killed_while_it_wrote_goes_on_exactly(finished_run, tmp_path):
 
 
 @pytest.mark.fault("kill -9")
-@pytest.mark.parametrize(("step", "place"), [(5, "in the update"), (4, "in validation"), (7, "within")])
+@pytest.mark.parametrize(
+    ("step", "place"),
+    [(5, "in the update"), *(pytest.param(*at, marks=pytest.mark.slow) for at in ((4, "in validation"), (7, "within")))],
+)
 def test_a_run_that_was_killed_goes_on_exactly(finished_run, tmp_path, step, place):
     assert in_a_process(run_and_die, tmp_path, step, place) == -signal.SIGKILL
     assert steps_on_disk(tmp_path)["last.ckpt"] == step // 3 * 3
@@ -101,7 +104,7 @@ def test_a_run_that_was_killed_goes_on_exactly(finished_run, tmp_path, step, pla
 
 
 @pytest.mark.fault("full disk: checkpoint")
-@pytest.mark.parametrize("name", ["last.ckpt", "best.ckpt"])
+@pytest.mark.parametrize("name", ["last.ckpt", pytest.param("best.ckpt", marks=pytest.mark.slow)])
 def test_a_run_stops_where_a_checkpoint_does_not_fit_and_goes_on_when_it_does(finished_run, tmp_path, name, caplog):
     cfg = small_config(tmp_path, "callbacks.pictures=null")
     if name == "last.ckpt":
