@@ -14,11 +14,12 @@ LAST = "last.ckpt"
 PREVIOUS = "previous.ckpt"
 # Only while `put_in_place` is at work, or after it was killed.
 _OLDEST = "oldest.ckpt"
+NEWEST_FIRST = (LAST, PREVIOUS, _OLDEST)
 
 
 def is_regular(path: Path) -> bool:
     """Whether a checkpoint is one that `RegularCheckpoint` wrote, not one that was the best."""
-    return path.name in (LAST, PREVIOUS, _OLDEST) or path.name.startswith("step_")
+    return path.name in NEWEST_FIRST or path.name.startswith("step_")
 
 
 class CheckpointNotWritten(OSError):

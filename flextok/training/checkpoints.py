@@ -14,7 +14,7 @@ from torch import Tensor
 from yaml import YAMLError
 
 from flextok.flextok_wrapper import FlexTok
-from flextok.training.checkpoint_files import is_regular
+from flextok.training.checkpoint_files import NEWEST_FIRST, is_regular
 from flextok.training.ema import CHECKPOINT_KEY
 from flextok.training.run_folder import CHECKPOINTS, CONFIG
 from flextok.utils.config_safety import sanitize_hydra_config
@@ -201,5 +201,9 @@ def _time_of_writing(file: Path) -> float:
 
 def _checkpoints_in(folder: Path) -> list[Path]:
     """Those of a folder, the newest of the regular ones first."""
-    newest_first = sorted(folder.glob("*.ckpt"), key=_time_of_writing, reverse=True)
-    return sorted(newest_first, key=lambda file: not is_regular(file))
+    times = {file: _time_of_writing(file) for file in folder.glob("*.ckpt")}
+    # A copy of a run may have lost its times: the names say which of these is newer.
+    chain = [folder / name for name in NEWEST_FIRST if folder / name in times]
+    times.update(zip(chain, sorted((times[file] for file in chain), reverse=True), strict=True))
+    order = [*chain, *sorted(times.keys() - set(chain))]  # Where times are equal.
+    return sorted(order, key=lambda file: (is_regular(file), times[file]), reverse=True)

@@ -103,9 +103,10 @@ def test_what_is_wrong_with_each_is_said_if_none_is_whole(finished_run, tmp_path
 
 def test_copies_that_lost_their_times_still_mean_the_newest(finished_run, tmp_path):
     folder = copy_of(finished_run, tmp_path)
-    for file in (folder / FOLDER).iterdir():
-        os.utime(file, (0, 0))
-    assert checkpoint_of_run(folder).name == "last.ckpt"
+    for times in ((0, 0, 0), (0, 1, 2), (2, 1, 0)):
+        for name, time in zip(("last.ckpt", "previous.ckpt", "best.ckpt"), times, strict=True):
+            os.utime(folder / FOLDER / name, (time, time))
+        assert checkpoint_of_run(folder).name == "last.ckpt"
 
 
 @pytest.mark.fault("checkpoint of another model")

@@ -91,7 +91,10 @@ def test_a_run_killed_while_it_wrote_goes_on_exactly(finished_run, tmp_path):
 @pytest.mark.fault("kill -9")
 @pytest.mark.parametrize(
     ("step", "place"),
-    [(5, "in the update"), *(pytest.param(*at, marks=pytest.mark.slow) for at in ((4, "in validation"), (7, "within")))],
+    [
+        (5, "in the update"),
+        *(pytest.param(*at, marks=pytest.mark.slow) for at in ((4, "in validation"), (7, "within"))),
+    ],
 )
 def test_a_run_that_was_killed_goes_on_exactly(finished_run, tmp_path, step, place):
     assert in_a_process(run_and_die, tmp_path, step, place) == -signal.SIGKILL
