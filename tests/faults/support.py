@@ -60,6 +60,19 @@ def in_a_process(function, *args):
     return process.exitcode
 
 
+def in_a_fork(function, *args):
+    """The exit code of a copy of this process that does nothing but this: at once, but it must not compute much."""
+    pid = os.fork()
+    if pid == 0:
+        code = 1
+        try:
+            function(*args)
+            code = 0
+        finally:
+            os._exit(code)
+    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+
+
 def _with_threads(num_threads, function, *args):
     torch.set_num_threads(num_threads)  # Another number rounds differently.
     function(*args)

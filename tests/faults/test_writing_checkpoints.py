@@ -14,7 +14,7 @@ from flextok.config import run_command
 from flextok.training.checkpoint_files import CheckpointNotWritten, DurableCheckpointIO, put_in_place
 from flextok.training.checkpoints import read_newest
 from flextok.training.run import run
-from tests.faults.support import FOLDER, At, cut, die, in_a_process, run_and_die, run_and_fill_the_disk, steps_on_disk
+from tests.faults.support import FOLDER, At, cut, die, in_a_fork, in_a_process, run_and_die, run_and_fill_the_disk, steps_on_disk
 from tests.training.support import assert_same_result, run_with, small_config
 
 
@@ -57,7 +57,7 @@ def test_there_is_a_whole_checkpoint_whenever_writing_is_killed(tmp_path, last_i
             write(folder, step)
         if last_is_damaged:
             cut(folder / FOLDER / "last.ckpt", 300)
-        code = in_a_process(write_and_die, folder, 3, at)
+        code = in_a_fork(write_and_die, folder, 3, at)
         step = read_newest(folder)[1]["global_step"]
         assert step in ((1, 3) if last_is_damaged else (2, 3))
         write(folder, 4)
