@@ -14,7 +14,17 @@ from flextok.config import run_command
 from flextok.training.checkpoint_files import CheckpointNotWritten, DurableCheckpointIO, put_in_place
 from flextok.training.checkpoints import read_newest
 from flextok.training.run import run
-from tests.faults.support import FOLDER, At, cut, die, in_a_fork, in_a_process, run_and_die, run_and_fill_the_disk, steps_on_disk
+from tests.faults.support import (
+    FOLDER,
+    At,
+    cut,
+    die,
+    in_a_fork,
+    in_a_process,
+    run_and_die,
+    run_and_fill_the_disk,
+    steps_on_disk,
+)
 from tests.training.support import assert_same_result, run_with, small_config
 
 
