@@ -72,7 +72,8 @@ def kill_workers():
 @pytest.mark.fault("dead data worker")
 def test_a_dead_worker_ends_the_run_with_the_last_completed_step_saved(finished_run, tmp_path):
     before = signal.getsignal(signal.SIGCHLD)
-    with pytest.raises(ValueError, match=r"a data worker died \(DataLoader worker .*data.num_workers .*continue with ckpt_path="):
+    message = r"a data worker died \(DataLoader worker .*data.num_workers .*continue with ckpt_path="
+    with pytest.raises(ValueError, match=message):
         run_with(small_config(tmp_path, *ONE_WORKER), At(4, "within", kill_workers))
     signal.signal(signal.SIGCHLD, before)
     assert steps_on_disk(tmp_path)["last.ckpt"] >= 4
