@@ -117,8 +117,9 @@ class CsvLogger(Logger):
             return []
         try:
             text = self.path.read_bytes()[:end].decode()
-            rows = list(csv.DictReader(io.StringIO(text, newline=""), strict=True))
-            if rows and "step" not in rows[0]:
+            reader = csv.DictReader(io.StringIO(text, newline=""), strict=True)
+            rows = list(reader)
+            if text and "step" not in (reader.fieldnames or ()):
                 raise ValueError("its first line names no column step")
         except (csv.Error, ValueError) as error:
             aside = self.path.with_suffix(".damaged.csv")
