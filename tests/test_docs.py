@@ -282,6 +282,16 @@ def test_the_dictionary_holds_every_class_outside_the_layers():
     assert {name for name in classes if f"`{name}`" not in text} == set()
 
 
+def test_the_table_of_faults_is_that_of_the_tests():
+    """As many as that: `pytest -m fault`."""
+    text = (REPOSITORY / "docs/resuming.md").read_text().partition("## What can go wrong")[2]
+    described = re.findall(r"^\| ([^|]+) \|[^|]+\|[^|]+\|$", text, flags=re.MULTILINE)[1:]
+    tests = [path.read_text() for path in (REPOSITORY / "tests").rglob("test_*.py")]
+    injected = {name for test in tests for name in re.findall(r'^@pytest\.mark\.fault\("(.+)"\)$', test, re.MULTILINE)}
+    assert sorted(described) == sorted(injected)
+    assert len(injected) >= 12
+
+
 # --- links, pictures, results -----------------------------------------------------------------------------------------
 
 

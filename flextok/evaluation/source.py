@@ -34,9 +34,9 @@ class ModelSource:
             return self.path.with_name(f"{self.path.stem}_evaluation")
         return (self.run_folder or self.path) / "evaluation"
 
-    @property
+    @cached_property  # A run that goes on replaces its newest, and what is whole takes reading all of it.
     def weights_file(self) -> Path:
-        """The file the weights are read from."""
+        """The file the weights are read from; of a run the newest that is whole."""
         if self.kind == "run":
             from flextok.training.checkpoints import checkpoint_of_run
 

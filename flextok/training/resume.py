@@ -8,7 +8,7 @@ from lightning import LightningModule
 from lightning.pytorch.utilities import rank_zero_only
 from omegaconf import DictConfig, OmegaConf
 
-from flextok.training.checkpoints import check_same_weights, checkpoint_of_run, read_checkpoint
+from flextok.training.checkpoints import check_same_weights, read_newest
 from flextok.training.ema import CHECKPOINT_KEY, ExponentialMovingAverage
 from flextok.training.run_folder import CHECKPOINTS
 
@@ -18,24 +18,26 @@ AUTO = "auto"
 Changes: TypeAlias = dict[str, tuple[Any, Any]]  # a setting: what it was, what it is now
 
 
-def checkpoint_to_resume(ckpt_path: str | None, folder: Path) -> Path | None:
-    """The checkpoint that a run in `folder` starts from; `auto` is the newest in that folder, if there is one."""
+def checkpoint_to_resume(ckpt_path: str | None, folder: Path) -> tuple[Path, dict[str, Any]] | None:
+    """The checkpoint that a run in `folder` starts from, and its content, which is read and verified only once.
+
+    `auto` is the newest whole one in that folder, if there is one.
+    """
     has_checkpoints = any((folder / CHECKPOINTS).glob("*.ckpt"))
     if ckpt_path == AUTO:
-        return checkpoint_of_run(folder) if has_checkpoints else None
+        return read_newest(folder) if has_checkpoints else None
     if ckpt_path is None and has_checkpoints:
         logger.warning("a new run replaces the one in %s; ckpt_path=auto would go on with it", folder)
-    return None if ckpt_path is None else checkpoint_of_run(ckpt_path)
+    return None if ckpt_path is None else read_newest(ckpt_path)
 
 
-def check_resume(cfg: DictConfig, resume_from: Path, module: LightningModule) -> None:
+def check_resume(cfg: DictConfig, resume_from: Path, checkpoint: dict[str, Any], module: LightningModule) -> None:
     """Refuse another model, and say how else the run differs: a forgotten override must not be silent.
 
     Raises:
         ValueError: the file holds no training checkpoint, or one of another model; or, where `ckpt_path=auto` found it,
             one of a run with other settings.
     """
-    checkpoint = read_checkpoint(resume_from)
     if "state_dict" not in checkpoint or "loops" not in checkpoint:
         raise ValueError(f"ckpt_path={str(resume_from)!r} is no training checkpoint; for weights use init_from")
     valid = "the overrides of the run that is continued"

@@ -2,6 +2,8 @@
 
 import logging
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,8 +18,10 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException, SI
 from omegaconf import DictConfig, OmegaConf
 
 from flextok.model.trunks.transformers import compile_blocks, set_attention_backend
+from flextok.training.checkpoint_files import DurableCheckpointIO
 from flextok.training.distributed import check_launch, check_one_folder, check_one_start
 from flextok.training.initialize import initialize_from
+from flextok.training.loggers import wandb_id
 from flextok.training.preemption import StopOnSignal
 from flextok.training.random_states import RandomStates
 from flextok.training.resume import AUTO, check_resume, checkpoint_to_resume
@@ -65,22 +69,34 @@ def run(cfg: DictConfig) -> dict[str, float]:
     trainer, resume_from = training.trainer, training.resume_from
     if not trainer.is_global_zero:
         logging.getLogger().setLevel(logging.WARNING)  # Once is enough to read that things go well.
-    if resume_from is not None:
-        check_resume(cfg, resume_from, training.module)
-    elif cfg.ckpt_path == AUTO:
+    if resume_from is None and cfg.ckpt_path == AUTO:
         logger.info("ckpt_path=auto: %s holds no checkpoint, so a new run starts", cfg.paths.run)
-    rank_zero_only(write_run_record)(Path(cfg.paths.run), cfg)
+    rank_zero_only(write_run_record)(Path(cfg.paths.run), cfg, wandb_id=wandb_id(trainer.loggers))
     try:
-        with training.stop.listening():
+        with training.stop.listening(), _explained_deaths(cfg):
             trainer.fit(training.module, datamodule=training.data, ckpt_path=resume_from, weights_only=True)
     except SIGTERMException:
         training.stop.leave(trainer, cfg.paths.run)
     return {name: float(value) for name, value in trainer.callback_metrics.items()}
 
 
+@contextmanager
+def _explained_deaths(cfg: DictConfig) -> Iterator[None]:
+    """Turn torch's words about a data worker that is gone into what to do about it."""
+    try:
+        yield
+    except RuntimeError as error:
+        if "DataLoader worker (pid" not in str(error):
+            raise
+        raise ValueError(
+            f"a data worker died ({' '.join(str(error).split())}), often for lack of memory: try fewer "
+            f"data.num_workers or a smaller data.batch_size, and continue with ckpt_path={cfg.paths.run}"
+        ) from error
+
+
 def build(cfg: DictConfig) -> TrainingRun:
-    """Assemble model, data and trainer; writes nothing."""
-    resume_from = checkpoint_to_resume(cfg.ckpt_path, Path(cfg.paths.run))
+    """Assemble model, data and trainer, and see to it that they fit a run to be continued; writes nothing."""
+    resume_from, checkpoint = checkpoint_to_resume(cfg.ckpt_path, Path(cfg.paths.run)) or (None, {})
     # Not part of the config: without them a resumed run would silently not be exact.
     stop = StopOnSignal()
     own = [stop, OneFolder(cfg.paths.run, resume_from), RandomStates(cfg.seed)]
@@ -102,6 +118,8 @@ def build(cfg: DictConfig) -> TrainingRun:
     )
     # Plain containers: a DictConfig in a checkpoint does not load with `weights_only=True`.
     module.save_hyperparameters(OmegaConf.to_container(cfg, resolve=True))
+    if resume_from is not None:
+        check_resume(cfg, resume_from, checkpoint, module)
     data = _instantiate(cfg.data)
     return TrainingRun(trainer=trainer, module=module, data=data, resume_from=resume_from, stop=stop)
 
@@ -125,7 +143,7 @@ def _is_no_advertisement(record: logging.LogRecord) -> bool:
 def _build_trainer(cfg: DictConfig, own: list[Callback]) -> Trainer:
     callbacks: list[Callback] = _instantiate_all(cfg.callbacks)
     try:
-        return _instantiate(
+        trainer: Trainer = _instantiate(
             cfg.trainer,
             callbacks=[*own, *callbacks],
             logger=_instantiate_all(cfg.logger) or False,
@@ -134,6 +152,8 @@ def _build_trainer(cfg: DictConfig, own: list[Callback]) -> Trainer:
             enable_progress_bar=any(isinstance(callback, ProgressBar) for callback in callbacks),
             enable_checkpointing=any(isinstance(callback, Checkpoint) for callback in callbacks),
         )
+        trainer.strategy.checkpoint_io = DurableCheckpointIO()
+        return trainer
     except InstantiationException as error:
         if not isinstance(error.__cause__, MisconfigurationException | ValueError | ImportError):
             raise

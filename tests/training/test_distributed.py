@@ -190,6 +190,7 @@ def test_each_rank_draws_its_own_numbers_which_the_seed_alone_decides(undisturbe
 # --- interruptions ----------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.fault("kill -9 of one of several processes")
 def test_a_killed_run_of_two_processes_goes_on_exactly(undisturbed, killed, tmp_path):
     assert launch(tmp_path, *TWO, f"ckpt_path={killed}") == [0, 0]
     ours, theirs = load(tmp_path), load(undisturbed)
@@ -213,6 +214,7 @@ def test_a_signal_to_one_of_two_processes_stops_both_at_the_same_step(undisturbe
     assert f"at step {step}" in (tmp_path / "rank_0.log").read_text()
 
 
+@pytest.mark.fault("another number of processes")
 def test_a_run_goes_on_with_another_number_of_processes_and_says_what_that_changes(killed, tmp_path, caplog):
     run(small_config(tmp_path, f"ckpt_path={killed}", "data.batch_size=400", "callbacks.pictures=null"))
     assert load(tmp_path)["global_step"] == 8

@@ -10,10 +10,8 @@ import torch
 from lightning import Callback
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from flextok.training import run as run_module
-from flextok.training.run import run
 from tests.support import REPOSITORY
-from tests.training.support import small_config
+from tests.training.support import run_with, small_config
 
 aten = torch.ops.aten
 # Operations whose result, or its size, the host has to know.
@@ -86,18 +84,11 @@ def reads_of(monkeypatch):
     """A function that runs a config and returns `{(file, function): reads}` of the steps looked at."""
 
     def reads_of(cfg):
-        reads, build_trainer = HostReads(), run_module._build_trainer
-
-        def with_watch(cfg):
-            trainer = build_trainer(cfg)
-            trainer.callbacks.insert(0, Watch(reads))
-            return trainer
-
+        reads = HostReads()
         with monkeypatch.context() as patch:
-            patch.setattr(run_module, "_build_trainer", with_watch)
             for name in ("tolist", "numpy", "cpu"):  # Between devices alike they are no operation of torch.
                 patch.setattr(torch.Tensor, name, counting(getattr(torch.Tensor, name), reads))
-            run(cfg)
+            run_with(cfg, Watch(reads))
         return dict(reads.by)
 
     return reads_of
@@ -125,7 +116,7 @@ def test_nothing_is_read_from_the_device_but_the_verdict_of_the_guard(tmp_path, 
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-def test_no_step_waits_for_the_gpu(tmp_path, monkeypatch):
+def test_no_step_waits_for_the_gpu(tmp_path):
     class Forbid(Callback):
         """Every synchronisation that torch knows of is an error between the two steps."""
 
@@ -133,15 +124,7 @@ def test_no_step_waits_for_the_gpu(tmp_path, monkeypatch):
             if trainer.global_step in (FIRST, LAST):
                 torch.cuda.set_sync_debug_mode("error" if trainer.global_step == FIRST else "default")
 
-    build_trainer = run_module._build_trainer
-
-    def with_forbid(cfg):
-        trainer = build_trainer(cfg)
-        trainer.callbacks.insert(0, Forbid())
-        return trainer
-
-    monkeypatch.setattr(run_module, "_build_trainer", with_forbid)
     try:
-        run(config(tmp_path, "trainer.accelerator=gpu", "trainer.precision=bf16-mixed"))
+        run_with(config(tmp_path, "trainer.accelerator=gpu", "trainer.precision=bf16-mixed"), Forbid())
     finally:
         torch.cuda.set_sync_debug_mode("default")

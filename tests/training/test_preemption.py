@@ -6,6 +6,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import torch
 from lightning import Callback
 
 from flextok.config import check_config
@@ -13,8 +14,7 @@ from flextok.training.distributed import check_one_start
 from flextok.training.preemption import EXIT_CODE, SIGNALS
 from flextok.training.resume import checkpoint_to_resume
 from flextok.training.run import run
-from tests.training.support import largest_difference, load, small_config
-from tests.training.test_run import assert_same_result, rows
+from tests.training.support import assert_same_result, largest_difference, load, rows, small_config
 
 HERE = "tests.training.test_preemption"
 
@@ -114,9 +114,9 @@ def test_auto_finds_the_newest_checkpoint_of_its_own_folder_or_none(tmp_path):
     for age, name in enumerate(["last.ckpt", "step_00000004.ckpt", "best.ckpt"]):
         path = tmp_path / "checkpoints" / name
         path.parent.mkdir(exist_ok=True)
-        path.touch()
+        torch.save({"global_step": 4}, path)
         os.utime(path, (100 - age, 100 - age))
-    assert checkpoint_to_resume("auto", tmp_path).name == "last.ckpt"
+    assert checkpoint_to_resume("auto", tmp_path)[0].name == "last.ckpt"
 
 
 def test_a_new_run_over_an_old_one_is_said(tmp_path, caplog):
