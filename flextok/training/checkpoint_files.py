@@ -3,6 +3,7 @@
 import os
 import shutil
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -56,7 +57,8 @@ class DurableCheckpointIO(TorchCheckpointIO):
                 raise
             raise _not_written(path, reason, num_bytes(checkpoint)) from error
         finally:
-            temporary.unlink(missing_ok=True)
+            with suppress(NotADirectoryError):  # Where the folder is a file, there is nothing to remove.
+                temporary.unlink(missing_ok=True)
 
 
 def put_in_place(written: Path, path: Path) -> None:

@@ -82,9 +82,9 @@ def over_seeds(rows: Sequence[Row]) -> list[Row]:
     if all(len({row.get("seed") for row in group}) < 2 for group in groups.values()):
         return []
     summary = []
-    for setting, group in groups.items():
+    for pairs, group in groups.items():
         completed = [row for row in group if row["status"] == "completed"]
-        entry: Row = {**dict(setting), "runs": len(completed)}
+        entry: Row = {**dict(pairs), "runs": len(completed)}
         for name in METRICS:
             values = [row[name] for row in completed if row.get(name) is not None]
             if values:

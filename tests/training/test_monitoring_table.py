@@ -17,7 +17,7 @@ NOT_HERE = {"memory/gpu_peak_allocated_gib", "memory/gpu_peak_reserved_gib", "tr
 def columns(tmp_path_factory):
     """The columns of metrics.csv of a run with everything the table knows."""
     folder = tmp_path_factory.mktemp("monitored")
-    everything = ("objective=prefix_and_full", "optimizer.lr_scales={encoder: 0.5}", "callbacks.pace.peak_flops=1e12")
+    everything = ("objective=prefix_and_full", "+optimizer.lr_scales.encoder=0.5", "callbacks.pace.peak_flops=1e12")
     sizes = ("size.registers=16", "size.null_condition_prob=0.3", "data.batch_size=200", "callbacks.pictures=null")
     run(small_config(folder, *everything, *sizes, "trainer.max_steps=4"))
     with (folder / "metrics.csv").open(newline="") as file:

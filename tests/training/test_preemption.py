@@ -41,8 +41,8 @@ class SignalAt(Callback):
 
 
 def signal_at(place, step, **options):
-    settings = ", ".join(f"{name}: {value}" for name, value in options.items())
-    return f"+callbacks.signal={{_target_: {HERE}.SignalAt, place: {place}, step: {step}, {settings}}}"
+    settings = {"_target_": f"{HERE}.SignalAt", "place": place, "step": step, **options}
+    return f"+callbacks.signal={{{', '.join(f'{name}: {value}' for name, value in settings.items())}}}"
 
 
 def stopped(folder, *overrides):
@@ -130,7 +130,9 @@ def test_a_new_run_over_an_old_one_is_said(tmp_path, caplog):
 
 def test_auto_takes_no_run_with_other_settings_for_its_own(tmp_path, caplog):
     run(small_config(tmp_path, "trainer.max_steps=2", "callbacks.pictures=null"))
-    with pytest.raises(ValueError, match=r"ckpt_path=auto finds a run with other .*: seed was 0, is now 1; valid: "):
+    with pytest.raises(
+        ValueError, match=r"ckpt_path=auto finds a run with other .*: data.seed was 0, is now 1; valid: "
+    ):
         run(small_config(tmp_path, "ckpt_path=auto", "seed=1"))
     run(small_config(tmp_path, "ckpt_path=auto", "trainer.max_steps=4"))
     assert load(tmp_path)["global_step"] == 4
