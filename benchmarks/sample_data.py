@@ -40,7 +40,8 @@ def streaming_chunks(folder: Path) -> list[str]:
     """The same files in LitData chunks."""
     image_files(folder / "images")
     files = sorted((folder / "images").rglob("*.jpg"))
-    for split, some in (("train", files[:-64]), ("val", files[-64:-32]), ("test", files[-32:])):
+    few = len(files) // 8
+    for split, some in (("train", files[: -2 * few]), ("val", files[-2 * few : -few]), ("test", files[-few:])):
         write_streaming_split(folder / "chunks" / split, ((file.name, file.read_bytes()) for file in some))
     return ["data=streaming", f"data.path={folder / 'chunks'}", "data.image_size=256"]
 

@@ -32,7 +32,7 @@ def columns(tmp_path_factory):
 def patterns() -> dict[str, str]:
     """A regular expression for each name of the table; `<...>` stands for a number or a word."""
     text = (REPOSITORY / "docs/monitoring.md").read_text()
-    names = re.findall(r"^\| `([^`]+)` \| [^|]* \| [^|]* \| [^|]* \|$", text, flags=re.MULTILINE)
+    names = re.findall(r"^\| `([^`]+)` \|[^|]*\|[^|]*\|[^|]*\|$", text, flags=re.MULTILINE)
     # A bucket of one number has no second.
     return {name: re.sub(r"<\w+>", r"[\\w.]+", name.replace("-<to>", "(-<to>)?")) for name in names}
 
