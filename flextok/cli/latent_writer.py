@@ -21,8 +21,9 @@ from flextok.utils.checkpoint import atomic_path
 
 logger = logging.getLogger(__name__)
 
-Encode = Callable[[Tensor, list[str], list[int]], Tensor]
-"""Images `[batch, 3, height, width]`, their keys and variants to latents `[batch, c, h, w]`."""
+Encode = Callable[[Tensor, list[str], list[int]], dict[str, Tensor]]
+"""Images `[batch, 3, height, width]`, their keys and variants to what a shard stores of them: `latents`
+`[batch, c, h, w]`, and maybe `features` `[batch, rows, columns, width]`."""
 
 
 class LatentFolder:
@@ -75,24 +76,24 @@ class LatentFolder:
         return split, damaged + list(range(len(split["shards"]), -(-len(dataset) // shard_size)))
 
     def write_shard(
-        self, split_name: str, number: int, latents: Tensor, keys: list[list[str]], *, num_skipped: int
+        self, split_name: str, number: int, content: dict[str, Tensor], keys: list[list[str]], *, num_skipped: int
     ) -> None:
-        """Write a shard and enter it into the index; `latents` are `[samples, variants, c, h, w]`.
+        """Write a shard and enter it into the index; `content` is by name, each `[samples, variants, ...]`.
 
         Raises:
-            ValueError: The shape is not that of the shards before.
+            ValueError: A shape is not that of the shards before.
         """
-        shape = list(latents.shape[2:])
-        if len(latents):
-            if self.index["shape"] not in (None, shape):
-                raise ValueError(f"the VAE made latents {shape} after {self.index['shape']}: all must be equal")
-            self.index["shape"] = shape
+        for name, tensor in content.items():
+            shape, place = list(tensor.shape[2:]), "shape" if name == "latents" else f"{name}_shape"
+            if self.index.get(place) not in (None, shape):
+                raise ValueError(f"{name} have the shape {shape} after {self.index[place]}: all must be equal")
+            self.index[place] = shape
         file = f"{split_name}-{number:06d}.safetensors"
         with atomic_path(self.path / file) as temporary:
-            save_file(shard_tensors(latents, keys), temporary)
+            save_file(shard_tensors(content, keys), temporary)
             entry = {
                 "file": file,
-                "samples": len(latents),
+                "samples": len(keys),
                 "skipped": num_skipped,
                 "bytes": temporary.stat().st_size,
                 "sha256": sha256_of(temporary),
@@ -138,23 +139,24 @@ def encode_split(
         )
     )
     for number, positions in shards.items():
-        encoded: dict[int, list[tuple[str, Tensor]]] = {position: [] for position in positions}
+        encoded: dict[int, list[tuple[str, dict[str, Tensor]]]] = {position: [] for position in positions}
         for batch in _batches(positions, variants, batch_size):
             samples = next(loader)
             read = [(where, sample) for where, sample in zip(batch, samples, strict=True) if sample is not None]
             if read:
                 images = torch.stack([sample["image"] for _, sample in read])
                 keys = [sample["key"] for _, sample in read]
-                latents = encode(images, keys, [variant for (_, variant), _ in read]).to("cpu", dtype)
-                for ((position, _), _), key, one in zip(read, keys, latents, strict=True):
-                    encoded[position].append((key, one))
+                content = encode(images, keys, [variant for (_, variant), _ in read])
+                content = {name: tensor.to("cpu", dtype) for name, tensor in content.items()}
+                for row, (((position, _), _), key) in enumerate(zip(read, keys, strict=True)):
+                    encoded[position].append((key, {name: tensor[row] for name, tensor in content.items()}))
             report(sum(variant == variants - 1 for _, variant in batch))
         whole = [entries for entries in encoded.values() if len(entries) == variants]
-        stacked = [torch.stack([latent for _, latent in entries]) for entries in whole]
+        names = list(whole[0][0][1]) if whole else []
         folder.write_shard(
             name,
             number,
-            torch.stack(stacked) if stacked else torch.empty(0, variants, 0, 0, 0, dtype=dtype),
+            {n: torch.stack([torch.stack([one[n] for _, one in entries]) for entries in whole]) for n in names},
             [[key for key, _ in entries] for entries in whole],
             num_skipped=len(positions) - len(whole),
         )

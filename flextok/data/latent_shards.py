@@ -3,11 +3,12 @@
 `index.json` holds the settings the latents were made with and, per split, its shards with their checksums. A shard
 is a safetensors file that holds consecutive samples of a split:
 
-| tensor     | shape, type                                 | content                                            |
-| ---------- | ------------------------------------------- | -------------------------------------------------- |
-| `latents`  | `[samples, variants, c, h, w]`, fp32 or bf16 | what the VAE wrote, scaled as the model reads it   |
-| `keys`     | `[bytes]` uint8                             | the keys of all variants, one after the other      |
-| `key_ends` | `[samples * variants]` int64                | where each key ends                                |
+| tensor     | shape, type                                        | content                                          |
+| ---------- | -------------------------------------------------- | ------------------------------------------------ |
+| `latents`  | `[samples, variants, c, h, w]`, fp32 or bf16       | what the VAE wrote, scaled as the model reads it |
+| `features` | `[samples, variants, rows, columns, width]`, equal | what a teacher makes of the patches, if asked    |
+| `keys`     | `[bytes]` uint8                                    | the keys of all variants, one after the other    |
+| `key_ends` | `[samples * variants]` int64                       | where each key ends                              |
 """
 
 import hashlib
@@ -39,13 +40,17 @@ class ShardedLatents(ImageDataset):
         folder: Where the shards are.
         shards: Their entries in the index, in order.
         seed: Decides which variant of a sample comes first.
+        features: Whether samples come with the features of the teacher, in the type they are stored in.
 
     Raises:
         ValueError: A shard is missing, or has another size than when it was written.
     """
 
-    def __init__(self, folder: Path, shards: list[dict[str, Any]], *, num_variants: int, seed: int) -> None:
+    def __init__(
+        self, folder: Path, shards: list[dict[str, Any]], *, num_variants: int, seed: int, features: bool
+    ) -> None:
         self.folder = folder
+        self.features = features
         self.files = [str(shard["file"]) for shard in shards]
         self.ends = list(accumulate(int(shard["samples"]) for shard in shards))
         self.num_variants = num_variants
@@ -73,21 +78,23 @@ class ShardedLatents(ImageDataset):
             if name not in self._open_files:
                 self._open_files[name] = safe_open(self.folder / name, framework="pt")
             file = self._open_files[name]
-            latents = file.get_slice("latents")[row : row + 1, variant : variant + 1][0, 0]
+            names = ("latents", "features") if self.features else ("latents",)
+            tensors = {name: file.get_slice(name)[row : row + 1, variant : variant + 1][0, 0] for name in names}
             place = row * self.num_variants + variant
             ends = file.get_slice("key_ends")[max(0, place - 1) : place + 1].tolist()
             start = ends[0] if place else 0
             key = bytes(file.get_slice("keys")[start : ends[-1]].tolist())
-            return {"latents": latents.float(), "key": key.decode("utf-8", "surrogateescape")}
+            tensors["latents"] = tensors["latents"].float()
+            return {"key": key.decode("utf-8", "surrogateescape"), **tensors}  # type: ignore[typeddict-item]
         except _READ_ERRORS as error:
             raise ValueError(_damaged(self.folder / name, str(error))) from error
 
 
-def shard_tensors(latents: Tensor, keys: list[list[str]]) -> dict[str, Tensor]:
-    """The tensors of a shard: `latents` `[samples, variants, c, h, w]`, and a key for each variant of each sample."""
+def shard_tensors(content: Mapping[str, Tensor], keys: list[list[str]]) -> dict[str, Tensor]:
+    """The tensors of a shard: `latents` and what else is `[samples, variants, ...]`, and a key for each variant."""
     texts = [key.encode("utf-8", "surrogateescape") for variants in keys for key in variants]
     return {
-        "latents": latents.contiguous(),
+        **{name: tensor.contiguous() for name, tensor in content.items()},
         "keys": torch.tensor(list(b"".join(texts)), dtype=torch.uint8),
         "key_ends": torch.tensor(list(accumulate(map(len, texts))), dtype=torch.int64),
     }
