@@ -20,6 +20,7 @@ from flextok.training.checkpoints import check_same_weights, checkpoint_of_run, 
 from flextok.training.distributed import check_launch, check_one_folder
 from flextok.training.ema import CHECKPOINT_KEY, ExponentialMovingAverage
 from flextok.training.initialize import initialize_from
+from flextok.training.mup import start_with_mup
 from flextok.training.random_states import RandomStates
 from flextok.training.run_folder import write_run_record
 from flextok.training.tokenizer_module import TokenizerModule
@@ -71,6 +72,8 @@ def build(cfg: DictConfig) -> TrainingRun:
     check_launch(trainer)
     lightning.seed_everything(cfg.seed, workers=True)
     model = _instantiate(cfg.model)
+    if cfg.mup_base_width is not None:
+        start_with_mup(cfg, model)
     initialize_from(cfg, model)
     set_attention_backend(model, cfg.attention.backend)
     if cfg.compile:
