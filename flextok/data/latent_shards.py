@@ -79,7 +79,7 @@ class ShardedLatents(ImageDataset):
                 self._open_files[name] = safe_open(self.folder / name, framework="pt")
             file = self._open_files[name]
             names = ("latents", "features") if self.features else ("latents",)
-            tensors = {name: file.get_slice(name)[row : row + 1, variant : variant + 1][0, 0] for name in names}
+            tensors = {n: file.get_slice(n)[row : row + 1, variant : variant + 1][0, 0] for n in names}
             place = row * self.num_variants + variant
             ends = file.get_slice("key_ends")[max(0, place - 1) : place + 1].tolist()
             start = ends[0] if place else 0
