@@ -11,8 +11,10 @@ import hydra
 import torch
 from omegaconf import DictConfig, OmegaConf
 from torch import Tensor
+from yaml import YAMLError
 
 from flextok.flextok_wrapper import FlexTok
+from flextok.training.checkpoint_files import NEWEST_FIRST, is_regular
 from flextok.training.ema import CHECKPOINT_KEY
 from flextok.training.optim import belongs_to
 from flextok.training.run_folder import CHECKPOINTS, CONFIG
@@ -37,15 +39,14 @@ def load_run(path: str | Path, weights: Weights = "ema", *, trust: bool = False)
     The model is whole: a VAE that the run did not keep in memory is read from where its config says.
 
     Args:
-        path: a run folder (its newest regular checkpoint is taken) or a `.ckpt` file inside one.
+        path: a run folder, see `read_newest`, or a `.ckpt` file inside one.
         weights: the moving average or the trained weights themselves; a run without EMA has only the latter.
         trust: build whatever the config names. Only for runs of one's own that hold modules of one's own: the config
             of somebody else's run can run any code.
     """
     if weights not in ("ema", "raw"):
         raise ValueError(f"weights={weights!r} cannot be used; valid: 'ema', 'raw'")
-    file = checkpoint_of_run(path)
-    checkpoint = read_checkpoint(file)
+    file, checkpoint = read_newest(path)
     cfg = run_config(file, checkpoint)
     has_vae = OmegaConf.select(cfg, _VAE_IN_MEMORY) is not False
     if not has_vae:
@@ -88,32 +89,50 @@ def check_same_weights(
         )
 
 
-def checkpoint_of_run(path: str | Path) -> Path:
-    """Return the file itself, or the newest one that the run in a folder wrote regularly, else its best."""
+def read_newest(path: str | Path) -> tuple[Path, dict[str, Any]]:
+    """Return the checkpoint a path means, and its content: the file itself, or the newest whole one of a run folder.
+
+    Those that the run wrote regularly come first, then its best. Each that is newer but damaged is a warning.
+
+    Raises ValueError, saying what is wrong with each, if none can be read.
+    """
     path = Path(path).expanduser()
     if path.is_file():
-        return path
+        return path, read_checkpoint(path)
     files = _checkpoints_in(path / CHECKPOINTS)
     if not files:
         raise ValueError(f"{path}: no checkpoint; valid: a .ckpt file, or a run folder with {CHECKPOINTS}/*.ckpt")
-    regular = [file for file in files if file.name == "last.ckpt" or file.name.startswith("step_")]
-    return max(regular or files, key=lambda file: file.stat().st_mtime)
+    damages: list[str] = []
+    for file in files:
+        try:
+            checkpoint = _read(file)
+        except _Damaged as error:
+            damages.append(str(error))
+            continue
+        for damage in damages:
+            logger.warning("%s; taking %s, written after step %s", damage, file.name, checkpoint.get("global_step"))
+        return file, checkpoint
+    raise ValueError(f"{path}: none of its checkpoints can be used: {'; '.join(damages)}")
+
+
+def checkpoint_of_run(path: str | Path) -> Path:
+    """Return the file of `read_newest`, which see."""
+    return read_newest(path)[0]
 
 
 def read_checkpoint(file: Path) -> dict[str, Any]:
-    """Load a checkpoint without running code from it; tensors stay on disk until they are used."""
+    """Load a checkpoint without running code from it; tensors stay on disk until they are used.
+
+    Raises ValueError, with what to do, if it is cut short or damaged anywhere.
+    """
     try:
-        # Loading checks no sums: flipped bits would become weights.
-        with zipfile.ZipFile(file) as archive:
-            damaged = archive.testzip()
-        if damaged is not None:
-            raise zipfile.BadZipFile(f"wrong checksum of {damaged}")
-        return torch.load(file, map_location="cpu", weights_only=True, mmap=True)
-    except _READ_ERRORS as error:
-        others = [str(other) for other in _checkpoints_in(file.parent) if other != file]
+        return _read(file)
+    except _Damaged as error:
+        others = [other.name for other in _checkpoints_in(file.parent) if other != file]
         hint = f"others here: {', '.join(others)}" if others else "there is no other in its folder"
-        reason = str(error).partition("\n")[0]
-        raise ValueError(f"{file} cannot be read, it may be cut short or damaged ({reason}); {hint}") from error
+        if others and file.parent.name == CHECKPOINTS:
+            hint += f"; given its run folder, {file.parent.parent}, the newest whole one is taken"
+        raise ValueError(f"{error}; {hint}") from error
 
 
 def run_folder_of(path: Path) -> Path | None:
@@ -129,16 +148,41 @@ def run_config(path: Path, checkpoint: Mapping[str, Any] | None = None) -> DictC
     """
     folder = run_folder_of(path)
     if folder is not None:
-        source, config = folder / CONFIG, OmegaConf.load(folder / CONFIG)
-    else:
-        source = path
-        carried = (checkpoint or read_checkpoint(path)).get("hyper_parameters")
-        config = OmegaConf.create(carried if isinstance(carried, dict) else {})
+        try:
+            return _checked(OmegaConf.load(folder / CONFIG), folder / CONFIG)
+        except (OSError, ValueError, YAMLError) as error:
+            reason = " ".join(str(error).split())
+            logger.warning("%s is damaged (%s): taking the copy in the checkpoint", folder / CONFIG, reason)
+    carried = (checkpoint or read_newest(path)[1]).get("hyper_parameters")
+    return _checked(OmegaConf.create(carried if isinstance(carried, dict) else {}), path)
+
+
+def _checked(config: Any, source: Path) -> DictConfig:
     if not isinstance(config, DictConfig) or not isinstance(config.get("model"), DictConfig):
         raise ValueError(
             f"{source} has no config of a run; valid: a run folder with {CONFIG}, or a .ckpt that it wrote"
         )
     return config
+
+
+class _Damaged(ValueError):
+    """A file that is no whole checkpoint."""
+
+
+def _read(file: Path) -> dict[str, Any]:
+    try:
+        # Loading checks no sums: flipped bits would become weights.
+        with zipfile.ZipFile(file) as archive:
+            damaged = archive.testzip()
+        if damaged is not None:
+            raise zipfile.BadZipFile(f"wrong checksum of {damaged}")
+        checkpoint = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
+        if not isinstance(checkpoint, dict):
+            raise TypeError(f"it holds a {type(checkpoint).__name__}")
+        return checkpoint
+    except _READ_ERRORS as error:
+        reason = str(error).partition("\n")[0]
+        raise _Damaged(f"{file} cannot be read, it may be cut short or damaged ({reason})") from error
 
 
 def _build_untrusted(cfg: DictConfig, file: Path, shapes: Mapping[str, Sequence[int]]) -> Any:
@@ -159,5 +203,18 @@ def _tensors(state: Any, file: Path) -> dict[str, Tensor]:
     return dict(state)
 
 
+def _time_of_writing(file: Path) -> float:
+    try:
+        return file.stat().st_mtime
+    except FileNotFoundError:
+        return 0.0  # A run that goes on has just moved it.
+
+
 def _checkpoints_in(folder: Path) -> list[Path]:
-    return sorted(folder.glob("*.ckpt"))
+    """Those of a folder, the newest of the regular ones first."""
+    times = {file: _time_of_writing(file) for file in folder.glob("*.ckpt")}
+    # A copy of a run may have lost its times: the names say which of these is newer.
+    chain = [folder / name for name in NEWEST_FIRST if folder / name in times]
+    times.update(zip(chain, sorted((times[file] for file in chain), reverse=True), strict=True))
+    order = [*chain, *sorted(times.keys() - set(chain))]  # Where times are equal.
+    return sorted(order, key=lambda file: (is_regular(file), times[file]), reverse=True)

@@ -75,8 +75,9 @@ def parameter_groups(
 
     The first two groups learn at the rate of the optimizer; two more follow for each entry of `lr_scales`, from the
     name of a part (`encoder`, `decoder.module_dict.dec_from_latents`, `objective`) to a factor on `lr`. The longest
-    name that fits a parameter counts. Behind each two come those of weights, by name, whose rate muP divides; their
-    decay per step, which is rate times `weight_decay`, stays.
+    name that fits a parameter counts. The name is in the two groups, as `part`, for whoever logs its learning rate.
+    Behind each two come those of weights, by name, whose rate muP divides (`divisors`); their decay per step, which is
+    rate times `weight_decay`, stays.
 
     Raises ValueError for a factor that is not positive, and for a part of which nothing is trained.
     """
@@ -88,9 +89,11 @@ def parameter_groups(
             "(initialize.freeze keeps a part as it is)"
         )
     groups: dict[tuple[str, float], list[dict[str, Any]]] = {}
+    options: dict[str, Any]
     for part, divisor in product(("", *lr_scales), (1.0, *sorted({*divisors.values()} - {1.0}))):
         scale = lr_scales.get(part, 1.0) / divisor
-        options = {"lr": lr * scale} if scale != 1.0 and lr is not None else {}
+        options = {"part": part} if part and divisor == 1.0 else {}
+        options |= {"lr": lr * scale} if scale != 1.0 and lr is not None else {}
         decays_by = (weight_decay * divisor, 0.0)
         groups[part, divisor] = [{"params": [], "weight_decay": decay, **options} for decay in decays_by]
     for name, parameter in named_parameters:

@@ -1,5 +1,6 @@
 """Reconstructions of a few validation images at several numbers of tokens, drawn at each validation."""
 
+import logging
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,8 @@ from flextok.model.keep_k import default_keep_ks
 from flextok.pictures import image_grid, save_image
 from flextok.reconstruct import Encoded, decode_latents, decode_tokens
 from flextok.training.validation import encode_batch
+
+log = logging.getLogger(__name__)  # `logger` is what numbers and pictures go to.
 
 
 class ReconstructionPictures(Callback):
@@ -76,7 +79,11 @@ class ReconstructionPictures(Callback):
             rows = reconstructions(model, encoded, keep_ks=keep_ks, seed=self.seed, **self.decode_options)
         labelled = {f"{keep_k} of {model.num_registers}": row for keep_k, row in zip(keep_ks, rows, strict=True)}
         grid = image_grid({"original" if originals else "latents": first, **labelled})
-        save_image(grid, self.folder / f"step_{trainer.global_step:06d}.png")
+        path = self.folder / f"step_{trainer.global_step:06d}.png"
+        try:
+            save_image(grid, path)
+        except OSError as error:  # No reason to end days of training; a checkpoint that cannot be written is.
+            log.warning("%s is left out, it cannot be written: %s", path, error)
         picture = np.asarray(grid)
         for logger in trainer.loggers:
             if isinstance(logger, TensorBoardLogger):

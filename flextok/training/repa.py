@@ -9,7 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from flextok.data.latent_shards import read_index
+from flextok.data.latent_shards import LATENTS
+from flextok.data.shard_index import read_index
 from flextok.model.data_dict import DataDict
 from flextok.model.packed_list import PackedList
 
@@ -162,7 +163,7 @@ class RepaTerm(nn.Module):
 
 def _stored_width(folder: str, teacher: Any) -> int:
     """Width of the features in a folder of latents; raises ValueError unless it holds those of this teacher."""
-    index = read_index(Path(folder).expanduser())
+    index = read_index(Path(folder).expanduser(), LATENTS)
     made = index["settings"].get("features")
     if made is None or "features_shape" not in index:
         raise ValueError(

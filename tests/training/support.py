@@ -1,12 +1,15 @@
 """A run of a few steps on the embedded digits."""
 
+import csv
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 from omegaconf import DictConfig, OmegaConf
 
 from flextok.config import compose
+from flextok.training import run as run_module
 
 # Three batches per epoch, so that a dozen steps cross several ends of an epoch.
 SMALL = (
@@ -45,6 +48,36 @@ def small_config(folder: Path, *overrides: str) -> DictConfig:
 
 def load(folder: Path, name: str = "last.ckpt") -> dict[str, Any]:
     return torch.load(folder / "checkpoints" / name, weights_only=True)
+
+
+def run_with(cfg: DictConfig, callback: Any) -> dict[str, float]:
+    """Run with one more callback, which comes before all others."""
+    build_trainer = run_module._build_trainer
+
+    def with_callback(cfg, own):
+        trainer = build_trainer(cfg, own)
+        trainer.callbacks.insert(0, callback)
+        return trainer
+
+    with mock.patch.object(run_module, "_build_trainer", with_callback):
+        return run_module.run(cfg)
+
+
+def rows(folder: Path) -> list[dict[str, str]]:
+    """The rows of `metrics.csv` without those numbers that no two runs share."""
+    not_repeatable = (
+        *("train/images_per_second", "train/tokens_per_second", "train/step_seconds", "train/data_wait_share"),
+        "memory/host_peak_gib",
+    )
+    with (folder / "metrics.csv").open() as file:
+        return [{k: v for k, v in row.items() if k not in not_repeatable} for row in csv.DictReader(file)]
+
+
+def assert_same_result(folder: Path, expected: Path) -> None:
+    """The newest checkpoints of two runs are equal in all that training goes on from."""
+    ours, theirs = load(folder), load(expected)
+    for part in ("state_dict", "ema", "optimizer_states", "lr_schedulers", "global_step"):
+        assert largest_difference(ours[part], theirs[part]) == 0.0, part
 
 
 def largest_difference(a: Any, b: Any) -> float:

@@ -20,11 +20,13 @@ from flextok.model.data_dict import RNG_KEY
 from flextok.seeding import mixed_seed
 from flextok.training import distributed
 from flextok.training.objective import RectifiedFlowObjective
+from flextok.training.preemption import EXIT_CODE
 from flextok.training.random_states import collect_random_states
 from flextok.training.randomness import training_generator
 from flextok.training.run import build, run
 from tests.support import REPOSITORY
 from tests.training.support import SMALL, largest_difference, load, small_config
+from tests.training.test_preemption import signal_at
 
 HERE = "tests.training.test_distributed"
 TWO = ("trainer=ddp_cpu", "data.batch_size=200", "callbacks.pictures=null", "callbacks.last.every_n_steps=2")
@@ -85,14 +87,24 @@ class KillAt(Callback):
             os.kill(os.getpid(), signal.SIGKILL)
 
 
-def process(rank, world_size, port, folder, overrides):
-    os.environ.update(LOCAL_RANK=str(rank), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+def task_of_slurm(rank, world_size):
+    """What srun tells a task. Lightning reads it, and knows that it need not start processes."""
+    return {
+        **{"SLURM_JOB_ID": "4242", "SLURM_JOB_NAME": "train", "SLURM_NNODES": "1", "SLURM_NODELIST": "localhost"},
+        **{"SLURM_NTASKS": str(world_size), "SLURM_NTASKS_PER_NODE": str(world_size), "SLURM_NODEID": "0"},
+        **{"SLURM_PROCID": str(rank), "SLURM_LOCALID": str(rank)},
+    }
+
+
+def process(rank, world_size, port, folder, overrides, under_slurm):
+    tells = task_of_slurm(rank, world_size) if under_slurm else {"LOCAL_RANK": str(rank)}
+    os.environ.update(tells, MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
     torch.set_num_threads(1)
     logging.basicConfig(filename=folder / f"rank_{rank}.log", level=logging.INFO)
     run(small_config(folder, *overrides, f"trainer.devices={world_size}"))
 
 
-def launch(folder, *overrides, world_size=2):
+def launch(folder, *overrides, world_size=2, under_slurm=False):
     """Run so many processes to their end and return their exit codes.
 
     They are forked from a process that has imported everything, and so start at once.
@@ -104,7 +116,8 @@ def launch(folder, *overrides, world_size=2):
     context.set_forkserver_preload(["flextok.training.run"])
     port = find_free_network_port()
     processes = [
-        context.Process(target=process, args=(rank, world_size, port, folder, overrides)) for rank in range(world_size)
+        context.Process(target=process, args=(rank, world_size, port, folder, overrides, under_slurm))
+        for rank in range(world_size)
     ]
     for each in processes:
         each.start()
@@ -177,6 +190,7 @@ def test_each_rank_draws_its_own_numbers_which_the_seed_alone_decides(undisturbe
 # --- interruptions ----------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.fault("kill -9 of one of several processes")
 def test_a_killed_run_of_two_processes_goes_on_exactly(undisturbed, killed, tmp_path):
     assert launch(tmp_path, *TWO, f"ckpt_path={killed}") == [0, 0]
     ours, theirs = load(tmp_path), load(undisturbed)
@@ -185,6 +199,22 @@ def test_a_killed_run_of_two_processes_goes_on_exactly(undisturbed, killed, tmp_
     assert "interrupted with" not in (tmp_path / "rank_0.log").read_text()
 
 
+@pytest.mark.parametrize("under_slurm", [False, True])
+def test_a_signal_to_one_of_two_processes_stops_both_at_the_same_step(undisturbed, tmp_path, under_slurm):
+    told = signal_at("within the step", 4, rank=1, signum=int(signal.SIGTERM))
+    overrides = (*TWO, "callbacks.last.every_n_steps=100", "ckpt_path=auto")
+    assert launch(tmp_path, *overrides, told, under_slurm=under_slurm) == [EXIT_CODE, 0]
+    step = load(tmp_path)["global_step"]
+    assert 5 <= step <= 7  # They ask each other one step ahead.
+    assert f"after step {step}; to go on: the same command" in (tmp_path / "rank_0.log").read_text()
+    assert launch(tmp_path, *overrides, under_slurm=under_slurm) == [0, 0]
+    ours, theirs = load(tmp_path), load(undisturbed)
+    for part in ("state_dict", "ema", "optimizer_states", "lr_schedulers", "global_step"):
+        assert largest_difference(ours[part], theirs[part]) <= 1e-6, part
+    assert f"at step {step}" in (tmp_path / "rank_0.log").read_text()
+
+
+@pytest.mark.fault("another number of processes")
 def test_a_run_goes_on_with_another_number_of_processes_and_says_what_that_changes(killed, tmp_path, caplog):
     run(small_config(tmp_path, f"ckpt_path={killed}", "data.batch_size=400", "callbacks.pictures=null"))
     assert load(tmp_path)["global_step"] == 8
@@ -234,6 +264,11 @@ def test_a_sweep_is_refused_unless_each_run_is_one_process(trainer, monkeypatch)
     monkeypatch.setattr(distributed, "HydraConfig", hydra_config)
     with pytest.raises(ValueError, match=r"^trainer.devices=2 .* cannot be used in a sweep .*; valid: one command per"):
         distributed.check_launch(trainer)
+    monkeypatch.setenv("SUBMITIT_EXECUTOR", "slurm")  # There each process is a task of one run.
+    distributed.check_launch(trainer)
+    monkeypatch.setenv("SUBMITIT_EXECUTOR", "local")
+    with pytest.raises(ValueError, match="hydra/launcher=slurm, which starts the processes"):
+        distributed.check_launch(trainer)
     trainer.num_devices = 1
     distributed.check_launch(trainer)
 
@@ -242,6 +277,14 @@ def test_a_process_on_its_own_joins_nobody(monkeypatch):
     monkeypatch.delenv("TORCHELASTIC_RUN_ID", raising=False)
     assert distributed.join_run_folder() == []
     distributed.check_one_folder("runs/x")
+
+
+def test_the_first_task_of_slurm_alone_writes_what_hydra_writes(monkeypatch):
+    monkeypatch.delenv("TORCHELASTIC_RUN_ID", raising=False)
+    monkeypatch.setenv("SLURM_PROCID", "0")
+    assert distributed.join_run_folder() == []
+    monkeypatch.setenv("SLURM_PROCID", "3")
+    assert distributed.join_run_folder() == ["hydra.job.name=train_rank_3", "hydra.output_subdir=null"]
 
 
 def test_the_processes_of_torchrun_join_the_folder_of_rank_zero(monkeypatch):

@@ -14,7 +14,7 @@ import torch
 from hydra.utils import instantiate
 from safetensors.torch import load_file
 
-from flextok.cli import latent_writer, main
+from flextok.cli import latent_writer, main, shard_folder
 from flextok.config import check_config, compose
 from flextok.data.latents import LatentsDataModule
 from flextok.model.data_dict import RNG_KEY
@@ -206,8 +206,8 @@ def test_interruptions_change_nothing(teacher, tmp_path, monkeypatch):
 
         return broken
 
-    for name in ("shard_tensors", "save_file", "sha256_of"):
-        monkeypatch.setattr(latent_writer, name, breaking(getattr(latent_writer, name)))
+    for module, name in ((latent_writer, "shard_tensors"), (latent_writer, "save_file"), (shard_folder, "sha256_of")):
+        monkeypatch.setattr(module, name, breaking(getattr(module, name)))
     for _ in range(3):
         calls["left"] = generator.randint(0, 8)
         with pytest.raises(Killed):
