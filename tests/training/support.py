@@ -39,6 +39,13 @@ SMALL = (
 )
 
 
+# Numbers that no two runs share.
+NOT_REPEATABLE = (
+    *("train/images_per_second", "train/tokens_per_second", "train/step_seconds", "train/data_wait_share"),
+    "memory/host_peak_gib",
+)
+
+
 def small_config(folder: Path, *overrides: str) -> DictConfig:
     """The config of such a run, which lies in `folder`."""
     cfg = compose([*SMALL, *overrides])
@@ -64,13 +71,9 @@ def run_with(cfg: DictConfig, callback: Any) -> dict[str, float]:
 
 
 def rows(folder: Path) -> list[dict[str, str]]:
-    """The rows of `metrics.csv` without those numbers that no two runs share."""
-    not_repeatable = (
-        *("train/images_per_second", "train/tokens_per_second", "train/step_seconds", "train/data_wait_share"),
-        "memory/host_peak_gib",
-    )
+    """The rows of `metrics.csv` without `NOT_REPEATABLE`."""
     with (folder / "metrics.csv").open() as file:
-        return [{k: v for k, v in row.items() if k not in not_repeatable} for row in csv.DictReader(file)]
+        return [{k: v for k, v in row.items() if k not in NOT_REPEATABLE} for row in csv.DictReader(file)]
 
 
 def assert_same_result(folder: Path, expected: Path) -> None:
