@@ -14,14 +14,15 @@ from tests.training.support import largest_difference, load, small_config
 
 WIDTHS = (64, 128, 256)
 STEPS = 3
-# A wide model may move this much more or less than a model of a quarter of its width. Standard parametrisation
-# goes with the width: four times, and more where changes of several layers come together.
+SEEDS = (0, 1)  # A narrow layer has few numbers: their mean over two models is steadier.
+# The movement of a layer at one width over that at another. Measured: at most 1.5 with muP, and without it 5 for the
+# velocity and more than 2 for most layers, where the widths differ by 4.
 FACTOR = 2.0
 
 
 def config(folder, width, *overrides):
     widths = (f"size.encoder_width={width}", f"size.decoder_width={width}", "size.null_condition_prob=0")
-    steep = ("optimizer.lr=3e-3", "optimizer.warmup_steps=0", "optimizer.weight_decay=0", "dropout=packed")
+    steep = ("optimizer.lr=1e-3", "optimizer.warmup_steps=0", "optimizer.weight_decay=0", "dropout=packed")
     cfg = small_config(folder, *widths, *steep, *overrides)
     check_config(cfg)
     return cfg
@@ -49,8 +50,8 @@ def fixed():
     return torch.Generator().manual_seed(11)
 
 
-def coordinates(folder, width, *overrides):
-    """Per layer, how large its activations are after a few steps, and how far they have moved."""
+def movements(folder, width, *overrides):
+    """By layer, how far its activations have moved after a few steps."""
     module = build(config(folder, width, *overrides)).module
     model, optimizer = module.model.train(), module.configure_optimizers()["optimizer"]
     images = torch.rand(16, 3, 8, 8, generator=torch.Generator().manual_seed(1)) * 2 - 1
@@ -61,33 +62,28 @@ def coordinates(folder, width, *overrides):
         module.objective(model, {**data, RNG_KEY: fixed()})["total"].backward()
         optimizer.step()
     after = activations(model, data)
-    sizes = {name: value.abs().mean().item() for name, value in after.items()}
-    return sizes, {name: (after[name] - before[name]).abs().mean().item() for name in after}
+    return {name: (after[name] - before[name]).abs().mean().item() for name in after}
 
 
 def growth(folder, *overrides):
-    """By layer, its size and its movement at the largest width over those at the smallest, and the steps between."""
-    measured = [coordinates(folder, width, *overrides) for width in WIDTHS]
-    grown = {}
-    for what, kind in enumerate(("size", "movement")):
-        for name in measured[0][what]:
-            values = [each[what][name] for each in measured]
-            if min(values) > 1e-6:
-                grown[kind, name] = max(values[-1] / values[0], values[0] / values[-1])
-    return grown
+    """By layer, its largest movement over its smallest among the widths."""
+    measured = [[movements(folder, width, f"seed={seed}", *overrides) for seed in SEEDS] for width in WIDTHS]
+    means = [{name: sum(one[name] for one in models) for name in models[0]} for models in measured]
+    grown = {name: [mean[name] for mean in means] for name in means[0]}
+    assert all(min(values) > 0 for values in grown.values())
+    return {name: max(values) / min(values) for name, values in grown.items()}
 
 
 def test_layers_move_as_far_whatever_the_width(tmp_path):
     grown = growth(tmp_path, f"mup_base_width={WIDTHS[0]}")
-    assert len(grown) > 10
-    assert {place: factor for place, factor in grown.items() if factor > FACTOR} == {}
+    assert len(grown) > 30
+    assert {name: factor for name, factor in grown.items() if factor > FACTOR} == {}
 
 
 def test_the_same_check_finds_that_standard_parametrisation_does_not(tmp_path):
     grown = growth(tmp_path)
-    far = {name for (kind, name), factor in grown.items() if kind == "movement" and factor > FACTOR}
-    assert len(far) > 10
-    assert "velocity" in far
+    assert sum(factor > FACTOR for factor in grown.values()) > len(grown) / 2
+    assert grown["velocity"] > 1.5 * FACTOR
 
 
 # --- the rules --------------------------------------------------------------------------------------------------------
