@@ -72,7 +72,7 @@ def write_latents(folder: Path, *, shape: tuple[int, int, int], num_samples: int
             writer,
             split,
             _Names(split, count),
-            lambda images, keys, variants: torch.randn(len(images), *shape, generator=generator),
+            lambda images, keys, variants: {"latents": torch.randn(len(images), *shape, generator=generator)},
             variants=1,
             shard_size=1024,
             dtype=torch.bfloat16,

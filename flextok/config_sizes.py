@@ -21,7 +21,8 @@ def check_sizes(cfg: DictConfig) -> None:
 
 def _check_widths(cfg: DictConfig) -> None:
     head_dim = setting(cfg, "size.head_dim")
-    for field in ("size.encoder_width", "size.decoder_width"):
+    integer(cfg, "mup_base_width", minimum=1)
+    for field in ("size.encoder_width", "size.decoder_width", "mup_base_width"):
         width = setting(cfg, field)
         if width is None:
             continue

@@ -70,7 +70,7 @@ class FlexTok(nn.Module):
         return self.decoder.module_dict["dec_nested_dropout"].eval_keep_k_read_key
 
     def init_weights_muP(self) -> None:
-        """Re-initialise encoder and decoder with the muP rules; needs the package `mup`."""
+        """Re-initialise encoder and decoder with the muP rules; needs `flextok.model.init.set_base_shapes` before."""
         self.encoder.init_weights_muP()
         self.decoder.init_weights_muP()
 

@@ -55,6 +55,7 @@ def prepared(tmp_path_factory):
     """A folder that holds everything the documents name: a run, images, a VAE, a published model."""
     from hydra.utils import instantiate
     from omegaconf import OmegaConf
+    from transformers import Dinov2Config, Dinov2Model
 
     from flextok.training.run import run
     from flextok.utils.export import export_model
@@ -63,6 +64,8 @@ def prepared(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
         shutil.copytree(RECORDED / "tiny_vae", "my_vae")
+        sizes = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1, "patch_size": 4, "image_size": 16}
+        Dinov2Model(Dinov2Config(**sizes)).save_pretrained("my_dinov2")
         (folder / "my_images").mkdir()
         for i in range(6):
             Image.new("RGB", (40, 30), (40 * i, 90, 120)).save(f"my_images/{i}.jpg")

@@ -38,7 +38,6 @@ AT_MODULE_LEVEL = {
     "lightning": {"training", "evaluation", "cli", "data"},
     "diffusers": set(),
     "wandb": set(),
-    "mup": set(),
     "sklearn": set(),
     "skimage": set(),
     "torchvision": set(),

@@ -15,27 +15,35 @@ from flextok.data.samples import ImageDataset
 
 logger = logging.getLogger(__name__)
 
-Encode = Callable[[Tensor, list[str], list[int]], Tensor]
-"""Images `[batch, 3, height, width]`, their keys and variants to latents `[batch, c, h, w]`."""
+Encode = Callable[[Tensor, list[str], list[int]], dict[str, Tensor]]
+"""Images `[batch, 3, height, width]`, their keys and variants to what a shard stores of them: `latents`
+`[batch, c, h, w]`, and maybe `features` `[batch, rows, columns, width]`."""
 
 
 def write_latents(
-    folder: ShardFolder, split_name: str, number: int, latents: Tensor, keys: list[list[str]], *, num_skipped: int
+    folder: ShardFolder,
+    split_name: str,
+    number: int,
+    content: dict[str, Tensor],
+    keys: list[list[str]],
+    *,
+    num_skipped: int,
 ) -> None:
-    """Write a shard and enter it into the index; `latents` are `[samples, variants, c, h, w]`.
+    """Write a shard and enter it into the index; `content` is by name, each `[samples, variants, ...]`.
 
     Raises:
-        ValueError: The shape is not that of the shards before.
+        ValueError: A shape is not that of the shards before.
     """
-    shape = list(latents.shape[2:])
-    if len(latents) and folder.index.setdefault("shape", shape) != shape:
-        raise ValueError(f"the VAE made latents {shape} after {folder.index['shape']}: all must be equal")
+    for name, tensor in content.items():
+        shape, place = list(tensor.shape[2:]), "shape" if name == "latents" else f"{name}_shape"
+        if folder.index.setdefault(place, shape) != shape:
+            raise ValueError(f"{name} have the shape {shape} after {folder.index[place]}: all must be equal")
     folder.write_shard(
         split_name,
         number,
-        lambda path: save_file(shard_tensors(latents, keys), path),
+        lambda path: save_file(shard_tensors(content, keys), path),
         suffix=".safetensors",
-        num_samples=len(latents),
+        num_samples=len(keys),
         num_skipped=num_skipped,
     )
 
@@ -80,24 +88,25 @@ def encode_split(
         )
     )
     for number, positions in shards.items():
-        encoded: dict[int, list[tuple[str, Tensor]]] = {position: [] for position in positions}
+        encoded: dict[int, list[tuple[str, dict[str, Tensor]]]] = {position: [] for position in positions}
         for batch in _batches(positions, variants, batch_size):
             samples = next(loader)
             read = [(where, sample) for where, sample in zip(batch, samples, strict=True) if sample is not None]
             if read:
                 images = torch.stack([sample["image"] for _, sample in read])
                 keys = [sample["key"] for _, sample in read]
-                latents = encode(images, keys, [variant for (_, variant), _ in read]).to("cpu", dtype)
-                for ((position, _), _), key, one in zip(read, keys, latents, strict=True):
-                    encoded[position].append((key, one))
+                content = encode(images, keys, [variant for (_, variant), _ in read])
+                content = {name: tensor.to("cpu", dtype) for name, tensor in content.items()}
+                for row, (((position, _), _), key) in enumerate(zip(read, keys, strict=True)):
+                    encoded[position].append((key, {name: tensor[row] for name, tensor in content.items()}))
             report(sum(variant == variants - 1 for _, variant in batch))
         whole = [entries for entries in encoded.values() if len(entries) == variants]
-        stacked = [torch.stack([latent for _, latent in entries]) for entries in whole]
+        names = list(whole[0][0][1]) if whole else []
         write_latents(
             folder,
             name,
             number,
-            torch.stack(stacked) if stacked else torch.empty(0, variants, 0, 0, 0, dtype=dtype),
+            {n: torch.stack([torch.stack([one[n] for _, one in entries]) for entries in whole]) for n in names},
             [[key for key, _ in entries] for entries in whole],
             num_skipped=len(positions) - len(whole),
         )

@@ -2,6 +2,7 @@
 
   flextok latents OUT_DIR data=image_folder data.root=my_images vae=kl latent.path=my_vae
   flextok latents OUT_DIR data=photos data.image_size=64 --variants 8 --dtype fp32
+  flextok latents OUT_DIR experiment=imagenet_d12_d12 data.root=my_images latent.path=my_vae --features my_dinov2
 
 The overrides are those of train.py. Train from the folder with `data=latents data.root=OUT_DIR` and the same `vae`,
 `latent` and `data.image_size`. After an interruption the same command goes on: at most one shard is done again.
@@ -24,6 +25,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--variants", type=int, default=1, help="random crops or flips of each training image, as training makes them"
     )
+    parser.add_argument(
+        "--features", metavar="TEACHER", help="also store those of a DINOv2 (folder or hub name), for REPA"
+    )
+    parser.add_argument(
+        "--feature-size", type=int, help="patches along one side; default: those of the config's model (size.grid)"
+    )
     parser.add_argument("--splits", nargs="+", choices=SPLITS, default=SPLITS, help="default: all three")
     parser.add_argument("--shard-size", type=int, default=1024, help="images per file, and at most lost if killed")
     parser.add_argument("--batch-size", type=int, default=32, help="images the VAE encodes at a time")
@@ -36,9 +43,12 @@ def run(args: argparse.Namespace) -> int:
 
     from flextok.config import describe_error
 
-    for name in ("variants", "shard_size", "batch_size"):
-        if getattr(args, name) < 1:
-            raise ValueError(f"--{name.replace('_', '-')} is {getattr(args, name)}: it must be at least 1")
+    for name in ("variants", "shard_size", "batch_size", "feature_size"):
+        value = getattr(args, name)
+        if value is not None and value < 1:
+            raise ValueError(f"--{name.replace('_', '-')} is {value}: it must be at least 1")
+    if args.feature_size is not None and args.features is None:
+        raise ValueError(f"--feature-size={args.feature_size} has no --features it could be the size of")
     try:
         _encode(args)
     except (HydraException, OmegaConfBaseException) as error:
@@ -59,6 +69,7 @@ def _encode(args: argparse.Namespace) -> None:
     from flextok.data.latent_shards import LATENTS
     from flextok.data.latents import LatentsDataModule
     from flextok.evaluation.run import pick_device
+    from flextok.training.repa import FrozenTeacher
 
     config = compose(args.overrides)
     vae, latent, data = (
@@ -82,6 +93,18 @@ def _encode(args: argparse.Namespace) -> None:
         "seed": config.seed,
         "dtype": args.dtype,
     }
+    teacher: FrozenTeacher | None = None
+    if args.features is not None:
+        size = args.feature_size or config.size.grid
+        teacher = FrozenTeacher.load(args.features, field="--features")
+        settings["features"] = {"teacher": args.features, "weights": _fingerprint(teacher.model), "size": size}
+
+    def encode(batch: Any, keys: list[str], variants: list[int]) -> dict[str, Any]:
+        content = {"latents": encode_images(model, batch, keys, variants, seed=config.seed)}
+        if teacher is not None:
+            content["features"] = teacher(batch.to(model.device), (size, size))
+        return content
+
     folder = ShardFolder(args.out_dir, settings, LATENTS, argument="OUT_DIR")
     for split in args.splits:
         dataset = images.datasets[split]
@@ -90,7 +113,7 @@ def _encode(args: argparse.Namespace) -> None:
                 folder,
                 split,
                 dataset,
-                lambda batch, keys, variants: encode_images(model, batch, keys, variants, seed=config.seed),
+                encode,
                 variants=args.variants if split == "train" else 1,
                 shard_size=args.shard_size,
                 dtype=getattr(torch, DTYPES[args.dtype]),

@@ -1,13 +1,15 @@
 """The shards that `flextok latents` writes beside their index: safetensors files of consecutive samples of a split.
 
-| tensor     | shape, type                                 | content                                            |
-| ---------- | ------------------------------------------- | -------------------------------------------------- |
-| `latents`  | `[samples, variants, c, h, w]`, fp32 or bf16 | what the VAE wrote, scaled as the model reads it   |
-| `keys`     | `[bytes]` uint8                             | the keys of all variants, one after the other      |
-| `key_ends` | `[samples * variants]` int64                | where each key ends                                |
+| tensor     | shape, type                                        | content                                          |
+| ---------- | -------------------------------------------------- | ------------------------------------------------ |
+| `latents`  | `[samples, variants, c, h, w]`, fp32 or bf16       | what the VAE wrote, scaled as the model reads it |
+| `features` | `[samples, variants, rows, columns, width]`, equal | what a teacher makes of the patches, if asked    |
+| `keys`     | `[bytes]` uint8                                    | the keys of all variants, one after the other    |
+| `key_ends` | `[samples * variants]` int64                       | where each key ends                              |
 """
 
 from bisect import bisect_right
+from collections.abc import Mapping
 from itertools import accumulate
 from pathlib import Path
 from typing import Any
@@ -38,13 +40,17 @@ class ShardedLatents(ImageDataset):
         folder: Where the shards are.
         shards: Their entries in the index, in order.
         seed: Decides which variant of a sample comes first.
+        features: Whether samples come with the features of the teacher, in the type they are stored in.
 
     Raises:
         ValueError: A shard is missing, or has another size than when it was written.
     """
 
-    def __init__(self, folder: Path, shards: list[dict[str, Any]], *, num_variants: int, seed: int) -> None:
+    def __init__(
+        self, folder: Path, shards: list[dict[str, Any]], *, num_variants: int, seed: int, features: bool
+    ) -> None:
         self.folder = folder
+        self._parts = ("latents", "features") if features else ("latents",)
         self.files = [str(shard["file"]) for shard in shards]
         self.ends = list(accumulate(int(shard["samples"]) for shard in shards))
         self.num_variants = num_variants
@@ -71,23 +77,26 @@ class ShardedLatents(ImageDataset):
         try:
             if name not in self._open_files:
                 with safe_open(self.folder / name, framework="pt") as file:
-                    self._open_files[name] = {part: file.get_tensor(part) for part in ("latents", "keys", "key_ends")}
+                    self._open_files[name] = {
+                        part: file.get_tensor(part) for part in (*self._parts, "keys", "key_ends")
+                    }
             # Mapped, not read: the slices of `safe_open` would take ten times as long.
             shard = self._open_files[name]
-            latents = shard["latents"][row, variant]
+            tensors = {part: shard[part][row, variant] for part in self._parts}
             place = row * self.num_variants + variant
             start = int(shard["key_ends"][place - 1]) if place else 0
             key = shard["keys"][start : int(shard["key_ends"][place])].numpy().tobytes()
-            return {"latents": latents.float(), "key": key.decode("utf-8", "surrogateescape")}
+            tensors["latents"] = tensors["latents"].float()
+            return {"key": key.decode("utf-8", "surrogateescape"), **tensors}  # type: ignore[typeddict-item]
         except _READ_ERRORS as error:
             raise ValueError(damaged(self.folder / name, str(error), LATENTS)) from error
 
 
-def shard_tensors(latents: Tensor, keys: list[list[str]]) -> dict[str, Tensor]:
-    """The tensors of a shard: `latents` `[samples, variants, c, h, w]`, and a key for each variant of each sample."""
+def shard_tensors(content: Mapping[str, Tensor], keys: list[list[str]]) -> dict[str, Tensor]:
+    """The tensors of a shard: `latents` and what else is `[samples, variants, ...]`, and a key for each variant."""
     texts = [key.encode("utf-8", "surrogateescape") for variants in keys for key in variants]
     return {
-        "latents": latents.contiguous(),
+        **{name: tensor.contiguous() for name, tensor in content.items()},
         "keys": torch.tensor(list(b"".join(texts)), dtype=torch.uint8),
         "key_ends": torch.tensor(list(accumulate(map(len, texts))), dtype=torch.int64),
     }

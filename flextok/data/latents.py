@@ -16,12 +16,14 @@ _OTHER_SETTINGS = ("path", "sample_posterior")
 class LatentsDataModule(ImageDataModule):
     """Batches `{"latents": [batch, c, h, w], "key": list[str]}` in float32, of the splits that were encoded.
 
+    Those of training have `"features"` `[batch, rows, columns, width]` of a teacher too, where the folder holds some.
     Training and validation only: evaluation compares images, which are not here.
 
     Args:
         root: The folder.
         latent: The settings of the model's latent space (the config's `latent`), to be compared with those the
             folder was made with; `None` compares nothing.
+        features: `False` leaves the features out, for training without REPA.
         verify: Whether all checksums are compared before training; reads every file.
         **common: The arguments of `ImageDataModule`; `image_size` is that of the images behind the latents.
 
@@ -31,11 +33,12 @@ class LatentsDataModule(ImageDataModule):
     """
 
     def __init__(
-        self, *, root: str | Path, latent: Mapping[str, Any] | None, verify: bool, **common: int | None
+        self, *, root: str | Path, latent: Mapping[str, Any] | None, features: bool, verify: bool, **common: int | None
     ) -> None:
         super().__init__(**common)  # type: ignore[arg-type]
         self.root = Path(root).expanduser()
         self.latent = None if latent is None else dict(latent)
+        self.features = features
         self.verify = verify
 
     def setup(self, stage: str | None = None) -> None:
@@ -64,7 +67,14 @@ class LatentsDataModule(ImageDataModule):
                     continue
                 raise ValueError(f"data.root={str(self.root)!r} has no split {name}; add it: flextok latents --splits")
             check_complete(split, name, self.root, LATENTS)
-            datasets[name] = ShardedLatents(self.root, split["shards"], num_variants=split["variants"], seed=self.seed)
+            datasets[name] = ShardedLatents(
+                self.root,
+                split["shards"],
+                num_variants=split["variants"],
+                seed=self.seed,
+                # The other splits are judged by the flow loss alone.
+                features=self.features and name == "train" and "features" in index["settings"],
+            )
             for shard in split["shards"] if self.verify else ():
                 check_shard_content(self.root, shard, LATENTS)
         return datasets

@@ -2,7 +2,7 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from typing import TypeAlias, TypedDict
+from typing import NotRequired, TypeAlias, TypedDict
 
 import torch
 from jaxtyping import Float, Int64
@@ -31,13 +31,15 @@ class LatentSample(TypedDict):
 
     latents: Float[Tensor, "channels height width"]
     key: str
+    features: NotRequired[Float[Tensor, "rows columns width"]]
 
 
 class LatentBatch(TypedDict):
-    """Latents, and one key each."""
+    """Latents, one key each, and the features of a teacher where they are read."""
 
     latents: Float[Tensor, "batch channels height width"]
     key: list[str]
+    features: NotRequired[Float[Tensor, "batch rows columns width"]]
 
 
 class ImageDataset(Dataset[Sample | LatentSample | None], ABC):
@@ -84,10 +86,13 @@ def collate(samples: Sequence[Sample | None]) -> Batch | None:
 
 def collate_latents(samples: Sequence[LatentSample]) -> LatentBatch:
     """Stack latents; there are none that cannot be read."""
-    return {
+    batch: LatentBatch = {
         "latents": torch.stack([sample["latents"] for sample in samples]),
         "key": [sample["key"] for sample in samples],
     }
+    if "features" in samples[0]:
+        batch["features"] = torch.stack([sample["features"] for sample in samples])
+    return batch
 
 
 def epoch_and_number(index: Index) -> tuple[int, int]:

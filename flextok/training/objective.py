@@ -10,7 +10,7 @@ from flextok.flextok_wrapper import FlexTok
 from flextok.flow_matching.path import target_velocity
 from flextok.model.data_dict import DataDict
 from flextok.model.packed_list import PackedList
-from flextok.training.repa import RepaTerm
+from flextok.training.repa import FEATURES_KEY, RepaTerm
 
 PASSES_KEY = "flow_passes"
 
@@ -73,7 +73,8 @@ class RectifiedFlowObjective(nn.Module):
         total = _weighted(weights, flows)
         losses = {f"flow_{name}": flow for name, flow in zip(passes, flows, strict=True)}
         if self.repa is not None:
-            repa = _weighted(weights, self.repa(_images(model, data), [decoded for _, decoded in passes.values()]))
+            shown = _shown_to_repa(self.repa, model, data)
+            repa = _weighted(weights, self.repa(shown, [decoded for _, decoded in passes.values()]))
             losses["repa"] = repa
             total = total + self.repa.weight * repa
         return {"total": total} | (losses if len(losses) > 1 else {})
@@ -131,8 +132,11 @@ def _at_full_length(model: FlexTok, encoded: DataDict) -> DataDict:
     return {**encoded, key: list(PackedList.pack(encoded[model.quants_write_key]).num_tokens)}
 
 
-def _images(model: FlexTok, data: DataDict) -> Sequence[Tensor]:
-    key = model.vae.images_read_key
+def _shown_to_repa(repa: RepaTerm, model: FlexTok, data: DataDict) -> Sequence[Tensor]:
+    key = FEATURES_KEY if repa.teacher is None else model.vae.images_read_key
     if key not in data:
-        raise ValueError(f"objective.repa needs images under {key!r}, but the data has only latents; leave it out")
+        raise ValueError(
+            f"objective.repa needs {key!r}, which the data has not; valid: images, or data=latents with "
+            "data.features=true and a folder that was made with --features"
+        )
     return data[key]

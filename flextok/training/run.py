@@ -22,6 +22,7 @@ from flextok.training.checkpoint_files import DurableCheckpointIO
 from flextok.training.distributed import check_launch, check_one_folder, check_one_start
 from flextok.training.initialize import initialize_from
 from flextok.training.loggers import wandb_id
+from flextok.training.mup import start_with_mup
 from flextok.training.preemption import StopOnSignal
 from flextok.training.random_states import RandomStates
 from flextok.training.resume import AUTO, check_resume, checkpoint_to_resume
@@ -104,6 +105,8 @@ def build(cfg: DictConfig) -> TrainingRun:
     check_launch(trainer)
     lightning.seed_everything(cfg.seed, workers=True)
     model = _instantiate(cfg.model)
+    if cfg.mup_base_width is not None:
+        start_with_mup(cfg, model)
     initialize_from(cfg, model)
     set_attention_backend(model, cfg.attention.backend)
     if cfg.compile:

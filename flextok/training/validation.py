@@ -16,6 +16,7 @@ from flextok.model.packed_list import PackedList
 from flextok.reconstruct import Encoded, encode_inputs
 from flextok.seeding import image_generators
 from flextok.training.objective import velocity_errors
+from flextok.training.repa import FEATURES_KEY
 
 
 def flow_losses(model: FlexTok, encoded: Encoded, *, keep_ks: Sequence[int], num_sigmas: int, seed: int) -> Tensor:
@@ -50,6 +51,8 @@ def encode_batch(model: FlexTok, batch: Mapping[str, Any], *, seed: int) -> Enco
 def model_inputs(model: FlexTok, batch: Mapping[str, Any]) -> DataDict:
     """The dictionary a model starts from: the images of a batch, or its latents in place of them.
 
+    Features of a teacher that come with the latents are in it too, under `FEATURES_KEY`.
+
     Raises:
         ValueError: The batch holds latents, and the model would encode images all the same.
     """
@@ -60,7 +63,10 @@ def model_inputs(model: FlexTok, batch: Mapping[str, Any]) -> DataDict:
             "model.vae.force_vae_encode=true: the VAE would encode images, but the data are latents; "
             "valid: false, which data=latents sets"
         )
-    return {model.vae.vae_latents_write_key: batch["latents"].split(1)}
+    inputs: DataDict = {model.vae.vae_latents_write_key: batch["latents"].split(1)}
+    if "features" in batch:
+        inputs[FEATURES_KEY] = batch["features"].split(1)
+    return inputs
 
 
 def _draw(clean: Sequence[Tensor], generators: list[torch.Generator]) -> tuple[list[Tensor], Tensor]:

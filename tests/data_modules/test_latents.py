@@ -41,7 +41,7 @@ def photos(*changes):
 
 def opened(folder, **changes):
     settings = {"root": folder, "latent": None, "verify": True, "image_size": 8, "batch_size": 4, "num_workers": 0}
-    data = LatentsDataModule(**(settings | changes))
+    data = LatentsDataModule(**({"features": True} | settings | changes))
     data.setup("fit")
     return data
 
@@ -332,7 +332,8 @@ def test_an_unfinished_folder_is_refused(digits_folder, tmp_path):
 
 
 def test_evaluation_asks_for_images(digits_folder):
-    data = LatentsDataModule(root=digits_folder, latent=None, verify=False, image_size=8, batch_size=4, num_workers=0)
+    sizes = {"image_size": 8, "batch_size": 4, "num_workers": 0}
+    data = LatentsDataModule(root=digits_folder, latent=None, features=False, verify=False, **sizes)
     with pytest.raises(ValueError, match="evaluation compares images; choose the images"):
         data.setup("test")
 

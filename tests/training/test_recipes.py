@@ -7,6 +7,7 @@ import pytest
 import torch
 from omegaconf import OmegaConf
 
+from flextok.cli import main
 from flextok.cli.model_config import from_full_config
 from flextok.cli.module_table import trace_modules
 from flextok.config import CONFIG_FOLDER, check_config, compose
@@ -120,6 +121,34 @@ def test_two_steps_train_what_a_recipe_trains(experiment, source, teacher_folder
     (average,) = (callback for callback in training.trainer.callbacks if hasattr(callback, "shadow"))
     assert any(name.startswith("model.encoder.") for name in average.shadow) == (experiment != "decoder_only")
     assert not any("teacher" in name for name in [*average.shadow, *training.module.state_dict()])
+
+
+def test_two_steps_on_latents_with_stored_features(teacher_folder, tmp_path):
+    experiment, folder = "imagenet_d12_d12", tmp_path / "latents"
+    images = [*TINY, "data.batch_size=16"]
+    features = ["--features", teacher_folder, "--dtype", "fp32"]
+    assert main(["--traceback", "latents", str(folder), f"experiment={experiment}", *images, *features]) == 0
+    # Not the digits of TINY, nor the pixels of its images.
+    small = [word for word in TINY if word != "data=digits"]
+    cfg = compose(
+        [
+            f"experiment={experiment}",
+            *small,
+            "data=latents",
+            f"data.root={folder}",
+            "data.image_size=8",
+            f"objective.repa.teacher={teacher_folder}",
+            f"paths.run={tmp_path}",
+        ]
+    )
+    check_config(cfg)
+    training = build(cfg)
+    assert training.module.objective.repa.teacher is None
+    training.trainer.fit(training.module, datamodule=training.data)
+    assert training.trainer.global_step == 2
+    metrics = {name: float(value) for name, value in training.trainer.callback_metrics.items()}
+    assert all(isfinite(value) for value in metrics.values())
+    assert -1 <= metrics["train/repa"] < 0.5
 
 
 # --- starting from other weights --------------------------------------------------------------------------------------

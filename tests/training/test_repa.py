@@ -2,13 +2,16 @@ import hydra
 import pytest
 import torch
 import torch.nn.functional as F
+from lightning import Callback
 from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 
 from flextok.training.objective import RectifiedFlowObjective
 from flextok.training.repa import FrozenTeacher, RepaTerm
 from flextok.training.run import build, run
 from tests.support import randomize
 from tests.training.support import largest_difference, load, small_config
+from tests.training.test_distributed import HERE, TWO, launch
 
 transformers = pytest.importorskip("transformers")
 
@@ -168,6 +171,61 @@ def test_a_run_saves_and_resumes_the_projector_but_not_the_teacher(teacher_folde
     assert load_run(tmp_path / "full")[0].state_dict().keys() == plain.keys()
 
 
+# --- two processes ----------------------------------------------------------------------------------------------------
+
+
+class TeacherStaysOut(Callback):
+    """Fails the run if a process exchanges anything of the teacher with the others, or two teachers differ."""
+
+    def on_train_end(self, trainer, pl_module):
+        shared = trainer.strategy.model
+        assert isinstance(shared, DistributedDataParallel)
+        teacher = pl_module.objective.repa.teacher.model
+        exchanged = {id(p) for p in shared.parameters()}
+        assert len(exchanged) > 10
+        assert not [name for name, p in teacher.named_parameters() if id(p) in exchanged or p.grad is not None]
+        sums = torch.stack([p.double().sum() for p in teacher.parameters()])
+        for theirs in trainer.strategy.all_gather(sums):
+            assert torch.equal(theirs, sums)
+
+
+def test_two_processes_give_the_gradient_of_one_and_exchange_no_teacher(teacher_folder, tmp_path):
+    def overrides(folder):
+        return (
+            *("objective=repa", f"objective.repa.teacher={teacher_folder}", "objective.repa.hidden_dim=24"),
+            *(f"objective._target_={HERE}.DrawsOfEachImage", "trainer.max_steps=1", "callbacks.pictures=null"),
+            f"+callbacks.gradients={{_target_: {HERE}.SaveGradients, folder: {folder}}}",
+        )
+
+    one, two = tmp_path / "one", tmp_path / "two"
+    one.mkdir()
+    run(small_config(one, *overrides(one)))
+    apart = f"+callbacks.apart={{_target_: {__name__}.TeacherStaysOut}}"
+    assert launch(two, *TWO, *overrides(two), apart) == [0, 0]
+    whole = torch.load(one / "gradients_0.pt")
+    assert any(name.startswith("objective.repa.projector.") for name in whole)
+    for rank in range(2):
+        halves = torch.load(two / f"gradients_{rank}.pt")
+        assert halves.keys() == whole.keys()
+        for name, expected in whole.items():
+            torch.testing.assert_close(halves[name], expected, rtol=1e-4, atol=1e-6, msg=name)
+    assert not [name for name in load(two)["state_dict"] if "teacher" in name]
+
+
+@pytest.mark.slow
+def test_a_run_of_two_processes_goes_on_exactly(teacher_folder, tmp_path):
+    repa = ("objective=repa", f"objective.repa.teacher={teacher_folder}", "objective.repa.hidden_dim=24")
+    assert launch(tmp_path / "full", *TWO, *repa, "trainer.max_steps=4") == [0, 0]
+    assert launch(tmp_path / "short", *TWO, *repa, "trainer.max_steps=2") == [0, 0]
+    rest = ("trainer.max_steps=4", f"ckpt_path={tmp_path / 'short'}")
+    assert launch(tmp_path / "rest", *TWO, *repa, *rest) == [0, 0]
+    for part in ("state_dict", "ema", "optimizer_states"):
+        assert largest_difference(load(tmp_path / "full")[part], load(tmp_path / "rest")[part]) <= 1e-6, part
+
+
+# --- mistakes ---------------------------------------------------------------------------------------------------------
+
+
 def test_a_teacher_that_cannot_be_loaded_is_named(tmp_path):
     with pytest.raises(ValueError, match=r"objective.repa.teacher='.*nothing' cannot be loaded: .* valid: a folder"):
         FrozenTeacher.load(str(tmp_path / "nothing"))
@@ -191,7 +249,7 @@ def test_what_lacks_features_or_images_is_refused(teacher_folder, small_model):
     small_model.vae.force_vae_encode = False
     data = batch()
     data["vae_latents"] = data.pop("rgb")
-    with pytest.raises(ValueError, match=r"objective.repa needs images under 'rgb'"):
+    with pytest.raises(ValueError, match=r"objective.repa needs 'rgb', which the data has not; valid: images, or"):
         RectifiedFlowObjective(repa=term)(small_model, data)
     term.features_read_key = "mixed"
     mixed = {"mixed": [torch.zeros(1, 2, 2, 4), torch.zeros(1, 3, 3, 4)]}

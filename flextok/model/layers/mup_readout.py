@@ -1,28 +1,25 @@
-"""The muP output layer, loaded only where a config asks for it."""
+"""The muP output layer."""
 
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
+
+from flextok.model.init import width_multiples
 
 
-def MuReadoutFSDP(in_features: int, out_features: int, bias: bool = True, **kwargs: Any) -> nn.Linear:
-    """`mup.MuReadout` (divides its input by the width multiplier) that also accepts its shape from `weight_infshape`.
+class MuReadoutFSDP(nn.Linear):
+    """A linear layer that divides its input by how many times as wide it is as at the base width.
 
-    Sharding replaces parameters by flat views without an `infshape`; the layer then reads the one kept on itself.
-
-    Raises:
-        ImportError: the optional package `mup` is missing.
+    The width is read from the layer, for sharding replaces its parameters: from its base shape (`set_base_shapes`), or
+    from the `weight_infshape` that the package `mup` sets.
     """
-    try:
-        from mup import MuReadout
-    except ImportError as error:
-        raise ImportError("use_mup_readout=true needs the package `mup`: pip install --no-deps mup") from error
 
-    class _MuReadout(MuReadout):
-        def width_mult(self) -> float:
-            infshape = getattr(self.weight, "infshape", None) or getattr(self, "weight_infshape", None)
-            if infshape is None:
-                raise ValueError("use_mup_readout=true needs base shapes: call mup.set_base_shapes(model, ...) first")
-            return infshape.width_mult()
+    divides_by_width = True
 
-    return _MuReadout(in_features, out_features, bias=bias, **kwargs)
+    def width_mult(self) -> float:
+        """Raises ValueError if neither is known."""
+        infshape: Any = getattr(self.weight, "infshape", None) or getattr(self, "weight_infshape", None)
+        return infshape.width_mult() if infshape is not None else width_multiples(self)[1]
+
+    def forward(self, input: Tensor) -> Tensor:
+        return super().forward(input / self.width_mult())
