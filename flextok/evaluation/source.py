@@ -90,13 +90,17 @@ def find_source(checkpoint: str, *, runs: Path) -> ModelSource:
     if checkpoint == "latest":
         newest = latest_run(runs)
         return ModelSource(path=newest, kind="run", run_folder=newest)
+    from flextok.training.checkpoints import run_folder_of
     from flextok.training.run_folder import CONFIG
+    from flextok.training.sharded_checkpoint import is_sharded_checkpoint
 
     path = Path(checkpoint)
     if not path.exists():
         raise ValueError(f"checkpoint={checkpoint}: does not exist; valid are {VALID}")
     # Links are followed: a `best.ckpt` that points into a run belongs to that run.
     path = path.resolve()
+    if is_sharded_checkpoint(path):
+        return ModelSource(path=path, kind="checkpoint", run_folder=run_folder_of(path))
     if path.is_dir():
         if (path / CONFIG).is_file():
             return ModelSource(path=path, kind="run", run_folder=path)
@@ -105,17 +109,17 @@ def find_source(checkpoint: str, *, runs: Path) -> ModelSource:
     elif path.suffix == ".safetensors":
         return ModelSource(path=path, kind="file", run_folder=None)
     elif path.suffix == ".ckpt":
-        from flextok.training.checkpoints import run_folder_of
-
         return ModelSource(path=path, kind="checkpoint", run_folder=run_folder_of(path))
     raise ValueError(f"checkpoint={checkpoint}: not a model; valid are {VALID}")
 
 
 def latest_run(runs: Path) -> Path:
     """The run below `runs`, sweeps included, that holds the newest checkpoint of all."""
+    from flextok.training.checkpoints import checkpoints_in
     from flextok.training.run_folder import CHECKPOINTS, CONFIG
 
-    found = [path for path in runs.glob(f"**/{CHECKPOINTS}/*.ckpt") if (path.parents[1] / CONFIG).is_file()]
+    folders = [folder for folder in runs.glob(f"**/{CHECKPOINTS}") if (folder.parent / CONFIG).is_file()]
+    found = [path for folder in folders for path in checkpoints_in(folder)]
     if not found:
         raise ValueError(f"checkpoint=latest: no run with a checkpoint below {runs}; valid are {VALID}")
     return max(found, key=lambda path: path.stat().st_mtime).parents[1].resolve()
@@ -126,5 +130,5 @@ def _load_from_run(file: Path, weights: Literal["ema", "raw"]) -> tuple[Any, str
     from flextok.training.ema import CHECKPOINT_KEY
 
     model, _ = load_run(file, weights=weights)
-    has_average = CHECKPOINT_KEY in read_checkpoint(file)
+    has_average = CHECKPOINT_KEY in read_checkpoint(file, values=False)
     return model, weights if has_average else "raw"

@@ -15,6 +15,7 @@ from torch import Tensor
 from flextok.flextok_wrapper import FlexTok
 from flextok.training.ema import CHECKPOINT_KEY
 from flextok.training.run_folder import CHECKPOINTS, CONFIG
+from flextok.training.sharded_checkpoint import is_sharded_checkpoint, read_header, read_sharded
 from flextok.utils.config_safety import sanitize_hydra_config
 from flextok.utils.instantiate import build_model
 
@@ -80,18 +81,23 @@ def check_same_weights(
 def checkpoint_of_run(path: str | Path) -> Path:
     """Return the file itself, or the newest one that the run in a folder wrote regularly, else its best."""
     path = Path(path).expanduser()
-    if path.is_file():
+    if path.is_file() or is_sharded_checkpoint(path):
         return path
-    files = _checkpoints_in(path / CHECKPOINTS)
+    files = checkpoints_in(path / CHECKPOINTS)
     if not files:
         raise ValueError(f"{path}: no checkpoint; valid: a .ckpt file, or a run folder with {CHECKPOINTS}/*.ckpt")
     regular = [file for file in files if file.name == "last.ckpt" or file.name.startswith("step_")]
     return max(regular or files, key=lambda file: file.stat().st_mtime)
 
 
-def read_checkpoint(file: Path) -> dict[str, Any]:
-    """Load a checkpoint without running code from it; tensors stay on disk until they are used."""
+def read_checkpoint(file: Path, *, values: bool = True) -> dict[str, Any]:
+    """Load a checkpoint without running code from it; tensors stay on disk until they are used.
+
+    Those of a sharded one are read whole; without `values` they are on the meta device instead, shapes alone.
+    """
     try:
+        if is_sharded_checkpoint(file):
+            return read_sharded(file) if values else read_header(file)
         # Loading checks no sums: flipped bits would become weights.
         with zipfile.ZipFile(file) as archive:
             damaged = archive.testzip()
@@ -99,7 +105,7 @@ def read_checkpoint(file: Path) -> dict[str, Any]:
             raise zipfile.BadZipFile(f"wrong checksum of {damaged}")
         return torch.load(file, map_location="cpu", weights_only=True, mmap=True)
     except _READ_ERRORS as error:
-        others = [str(other) for other in _checkpoints_in(file.parent) if other != file]
+        others = [str(other) for other in checkpoints_in(file.parent) if other != file]
         hint = f"others here: {', '.join(others)}" if others else "there is no other in its folder"
         reason = str(error).partition("\n")[0]
         raise ValueError(f"{file} cannot be read, it may be cut short or damaged ({reason}); {hint}") from error
@@ -107,7 +113,7 @@ def read_checkpoint(file: Path) -> dict[str, Any]:
 
 def run_folder_of(path: Path) -> Path | None:
     """Return the run a folder is or a checkpoint lies in, or None for a checkpoint on its own."""
-    folders = [path] if path.is_dir() else path.resolve().parents[:2]
+    folders = [path] if path.is_dir() and not is_sharded_checkpoint(path) else path.resolve().parents[:2]
     return next((folder for folder in folders if (folder / CONFIG).is_file()), None)
 
 
@@ -121,7 +127,7 @@ def run_config(path: Path, checkpoint: Mapping[str, Any] | None = None) -> DictC
         source, config = folder / CONFIG, OmegaConf.load(folder / CONFIG)
     else:
         source = path
-        carried = (checkpoint or read_checkpoint(path)).get("hyper_parameters")
+        carried = (checkpoint or read_checkpoint(path, values=False)).get("hyper_parameters")
         config = OmegaConf.create(carried if isinstance(carried, dict) else {})
     if not isinstance(config, DictConfig) or not isinstance(config.get("model"), DictConfig):
         raise ValueError(
@@ -148,5 +154,6 @@ def _tensors(state: Any, file: Path) -> dict[str, Tensor]:
     return dict(state)
 
 
-def _checkpoints_in(folder: Path) -> list[Path]:
-    return sorted(folder.glob("*.ckpt"))
+def checkpoints_in(folder: Path) -> list[Path]:
+    """All checkpoints in a folder, but those that were never completed."""
+    return sorted(path for path in folder.glob("*.ckpt") if path.is_file() or is_sharded_checkpoint(path))

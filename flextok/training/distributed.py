@@ -5,6 +5,7 @@ once: there rank 0 chooses the folder, and the others are told.
 """
 
 import os
+from collections.abc import Iterable
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -14,6 +15,7 @@ from hydra.types import RunMode
 if TYPE_CHECKING:
     from lightning import Trainer
     from lightning.pytorch.strategies import DDPStrategy
+    from torch import Tensor
     from torch.distributed import TCPStore
 
 T = TypeVar("T")
@@ -102,6 +104,32 @@ def of_all_ranks(value: T) -> list[T]:
     values = [value] * dist.get_world_size()
     dist.all_gather_object(values, value)
     return values
+
+
+def sharded_like(stored: "Tensor", parameter: "Tensor") -> "Tensor":
+    """`stored` on the device of a parameter and, where the parameter is sharded, this process's part of it."""
+    from torch.distributed.tensor import DTensor, distribute_tensor
+
+    if isinstance(parameter, DTensor) and not isinstance(stored, DTensor):
+        whole = stored.to(parameter.device)
+        return distribute_tensor(whole, parameter.device_mesh, parameter.placements, src_data_rank=None)
+    return stored.to(parameter.device)
+
+
+def part_of(tensor: "Tensor") -> "Tensor":
+    """What this process has of a tensor that may be sharded; call it without gradients."""
+    from torch.distributed.tensor import DTensor
+
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def total_norm(gradients: "Iterable[Tensor]") -> "Tensor":
+    """The norm of all gradients together, the same number on every process where they are sharded."""
+    import torch
+    from torch.distributed.tensor import DTensor
+
+    norm = torch.nn.utils.get_total_norm(gradients)
+    return norm.full_tensor() if isinstance(norm, DTensor) else norm
 
 
 def _is_under_torchrun() -> bool:

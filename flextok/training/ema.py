@@ -7,6 +7,8 @@ import torch
 from lightning import Callback, LightningModule, Trainer
 from torch import Tensor
 
+from flextok.training.distributed import part_of, sharded_like
+
 logger = logging.getLogger(__name__)
 
 CHECKPOINT_KEY = "ema"
@@ -41,7 +43,7 @@ class ExponentialMovingAverage(Callback):
         parameters = trainable(pl_module)
         if self.shadow:
             _check_same_parameters(self.shadow, parameters)
-            self.shadow = {name: self.shadow[name].to(p.device, torch.float32) for name, p in parameters.items()}
+            self.shadow = {name: sharded_like(self.shadow[name], p).float() for name, p in parameters.items()}
         else:
             self.shadow = {name: p.to(torch.float32, copy=True) for name, p in parameters.items()}
 
@@ -96,8 +98,8 @@ class ExponentialMovingAverage(Callback):
         self._last_step = trainer.global_step
         parameters = trainable(pl_module)
         weight = 1 - self.current_decay()
-        values = [p.float() for p in parameters.values()]
-        torch._foreach_lerp_([self.shadow[name] for name in parameters], values, weight)
+        values = [part_of(p).float() for p in parameters.values()]
+        torch._foreach_lerp_([part_of(self.shadow[name]) for name in parameters], values, weight)
         self.num_updates += 1
 
     @torch.no_grad()
@@ -128,7 +130,7 @@ def _copies(parameters: dict[str, Tensor]) -> dict[str, Tensor]:
 
 def _overwrite(parameters: dict[str, Tensor], values: dict[str, Tensor]) -> None:
     # In place: compiled graphs and DDP hold on to the tensors themselves.
-    torch._foreach_copy_(list(parameters.values()), [values[name] for name in parameters])
+    torch._foreach_copy_([part_of(p) for p in parameters.values()], [part_of(values[name]) for name in parameters])
 
 
 def _check_same_parameters(stored: dict[str, Tensor], parameters: dict[str, Tensor]) -> None:

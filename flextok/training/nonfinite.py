@@ -9,6 +9,8 @@ from lightning import Callback, LightningModule, Trainer
 from torch import Tensor
 from torch.optim import Optimizer
 
+from flextok.training.distributed import total_norm
+
 logger = logging.getLogger(__name__)
 
 
@@ -40,7 +42,7 @@ class NonFiniteGuard(Callback):
         if trainer.precision == "16-mixed":
             return
         gradients = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
-        is_bad = ~torch.nn.utils.get_total_norm(gradients).isfinite()
+        is_bad = ~total_norm(gradients).isfinite()
         if optimizer.defaults.get("fused"):
             # What torch's loss scaler tells a fused optimizer: it looks at it on the device.
             optimizer.grad_scale, optimizer.found_inf = None, is_bad.float()  # type: ignore[attr-defined]

@@ -19,6 +19,7 @@ from flextok.model.trunks.transformers import compile_blocks, set_attention_back
 from flextok.training.checkpoints import check_same_weights, checkpoint_of_run, read_checkpoint
 from flextok.training.distributed import check_launch, check_one_folder
 from flextok.training.ema import CHECKPOINT_KEY, ExponentialMovingAverage
+from flextok.training.fsdp import CheckpointFiles
 from flextok.training.initialize import initialize_from
 from flextok.training.random_states import RandomStates
 from flextok.training.run_folder import write_run_record
@@ -111,6 +112,7 @@ def _build_trainer(cfg: DictConfig) -> Trainer:
             cfg.trainer,
             # Not part of the config: without it a resumed run would silently not be exact.
             callbacks=[OneFolder(cfg.paths.run), RandomStates(cfg.seed), *callbacks],
+            plugins=[CheckpointFiles()],
             logger=_instantiate_all(cfg.logger) or False,
             default_root_dir=cfg.paths.run,
             # False must be said: otherwise Lightning adds a bar of its own, in log files too, and checkpoints.
@@ -148,7 +150,7 @@ def _check_resume(cfg: DictConfig, resume_from: Path, module: TokenizerModule) -
     Raises:
         ValueError: the file holds no training checkpoint, or one of another model.
     """
-    checkpoint = read_checkpoint(resume_from)
+    checkpoint = read_checkpoint(resume_from, values=False)
     if "state_dict" not in checkpoint or "loops" not in checkpoint:
         raise ValueError(f"ckpt_path={str(resume_from)!r} is no training checkpoint; for weights use init_from")
     valid = "the overrides of the run that is continued"

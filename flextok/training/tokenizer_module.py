@@ -1,9 +1,8 @@
 """The LightningModule of a tokenizer: wires model, objective and optimizer, and computes nothing itself."""
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, ParamSpec, TypeVar
 
-import torch
 from lightning import LightningModule
 from torch import Tensor, nn
 from torch.optim import Optimizer
@@ -11,10 +10,14 @@ from torch.optim import Optimizer
 from flextok.flextok_wrapper import FlexTok
 from flextok.model.data_dict import RNG_KEY, DataDict
 from flextok.model.keep_k import default_keep_ks
+from flextok.training.distributed import total_norm
+from flextok.training.fsdp import ShardedStrategy
 from flextok.training.progress import log_interval
 from flextok.training.randomness import training_generator
 from flextok.training.validation import encode_batch, flow_losses, model_inputs
 
+P = ParamSpec("P")
+T = TypeVar("T")
 Objective = Callable[[FlexTok, DataDict], dict[str, Tensor]]
 
 
@@ -44,6 +47,10 @@ class TokenizerModule(LightningModule):
         self.keep_ks = list(keep_ks) if keep_ks is not None else default_keep_ks(model.num_registers)
         self.num_sigmas = num_sigmas
 
+    def configure_model(self) -> None:
+        if isinstance(self.trainer.strategy, ShardedStrategy):
+            self.trainer.strategy.shard(self)
+
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
         rng = training_generator(
             self.seed,
@@ -56,6 +63,10 @@ class TokenizerModule(LightningModule):
         self.log_dict({names.get(name, f"train/{name}"): loss.detach() for name, loss in losses.items()})
         return losses["total"]
 
+    def on_validation_start(self) -> None:
+        if isinstance(self.trainer.strategy, ShardedStrategy):
+            self.trainer.strategy.check_validation(self.trainer.num_val_batches)
+
     def validation_step(self, batch: dict[str, Any], batch_idx: int) -> None:
         encoded = encode_batch(self.model, batch, seed=self.seed)
         losses = flow_losses(
@@ -65,11 +76,15 @@ class TokenizerModule(LightningModule):
         named["val/flow_loss"] = losses.mean()
         self.log_dict(named, batch_size=len(encoded.keys), sync_dist=True)
 
+    def call(self, function: Callable[P, T], *args: P.args, **options: P.kwargs) -> T:
+        """What a function that uses the model returns; where weights are sharded, all processes have to call it."""
+        return function(*args, **options)
+
     def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
         # The loggers look at these numbers after the step, when it has been counted.
         if (self.trainer.global_step + 1) % log_interval(self.trainer) == 0:
             gradients = [p.grad for p in self.parameters() if p.grad is not None]
-            self.log("train/grad_norm", torch.nn.utils.get_total_norm(gradients))
+            self.log("train/grad_norm", total_norm(gradients))
             self.log("train/lr", optimizer.param_groups[0]["lr"])
 
     def configure_optimizers(self) -> Any:

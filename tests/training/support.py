@@ -1,12 +1,23 @@
-"""A run of a few steps on the embedded digits."""
+"""A run of a few steps on the embedded digits, in one process or several, and what may happen to it."""
 
+import logging
+import multiprocessing
+import os
+import signal
 from pathlib import Path
 from typing import Any
+from zlib import crc32
 
 import torch
+from lightning import Callback
 from omegaconf import DictConfig, OmegaConf
 
 from flextok.config import compose
+from flextok.model.data_dict import RNG_KEY
+from flextok.seeding import mixed_seed
+from flextok.training.checkpoints import read_checkpoint
+from flextok.training.objective import RectifiedFlowObjective
+from flextok.training.run import run
 
 # Three batches per epoch, so that a dozen steps cross several ends of an epoch.
 SMALL = (
@@ -44,7 +55,7 @@ def small_config(folder: Path, *overrides: str) -> DictConfig:
 
 
 def load(folder: Path, name: str = "last.ckpt") -> dict[str, Any]:
-    return torch.load(folder / "checkpoints" / name, weights_only=True)
+    return read_checkpoint(folder / "checkpoints" / name)
 
 
 def largest_difference(a: Any, b: Any) -> float:
@@ -60,3 +71,55 @@ def largest_difference(a: Any, b: Any) -> float:
         return abs(a - b)
     assert a == b
     return 0.0
+
+
+class DrawsOfEachImage(RectifiedFlowObjective):
+    """Feeds the random numbers in: each image has its own, whichever process it is in."""
+
+    def __call__(self, model, data):
+        images = data[model.vae.images_read_key]
+        seeds = [mixed_seed(crc32(image.contiguous().numpy().tobytes())) for image in images]
+        return super().__call__(model, {**data, RNG_KEY: [torch.Generator().manual_seed(seed) for seed in seeds]})
+
+
+class KillAt(Callback):
+    """Every process of the run dies without a word."""
+
+    def __init__(self, step):
+        self.step = step
+
+    def on_train_batch_start(self, trainer, *args):
+        if trainer.global_step == self.step:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+
+def process(rank, world_size, port, folder, overrides):
+    os.environ.update(LOCAL_RANK=str(rank), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    torch.set_num_threads(1)
+    logging.basicConfig(filename=folder / f"rank_{rank}.log", level=logging.INFO)
+    run(small_config(folder, *overrides, f"trainer.devices={world_size}"))
+
+
+def launch(folder, *overrides, world_size=2):
+    """Run so many processes to their end and return their exit codes.
+
+    They are forked from a process that has imported everything, and so start at once.
+    """
+    from lightning.fabric.plugins.environments.lightning import find_free_network_port
+
+    folder.mkdir(exist_ok=True)
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["flextok.training.run"])
+    port = find_free_network_port()
+    processes = [
+        context.Process(target=process, args=(rank, world_size, port, folder, overrides)) for rank in range(world_size)
+    ]
+    for each in processes:
+        each.start()
+    for each in processes:
+        each.join(timeout=180)
+    hanging = [each for each in processes if each.is_alive()]
+    for each in hanging:
+        each.kill()
+    assert not hanging, f"{len(hanging)} processes hang; see {folder}/rank_*.log"
+    return [each.exitcode for each in processes]

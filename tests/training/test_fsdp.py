@@ -1,0 +1,239 @@
+"""Training with sharded weights: the numbers of a run that is not, checkpoints as folders, whatever kills it."""
+
+import os
+import pickle
+import shutil
+import signal
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from lightning import Callback
+
+from flextok.__main__ import main
+from flextok.config import check_config, compose
+from flextok.evaluation.source import find_source
+from flextok.training import fsdp, sharded_checkpoint
+from flextok.training.checkpoints import checkpoint_of_run, load_run, read_checkpoint
+from flextok.training.run import run
+from flextok.training.sharded_checkpoint import META, is_sharded_checkpoint, read_header
+from tests.training.support import largest_difference, launch, load, small_config
+
+HERE, SUPPORT = "tests.training.test_fsdp", "tests.training.support"
+TWO = ("trainer=fsdp_cpu", "data.batch_size=200", "callbacks.last.every_n_steps=2")
+SAME_DRAWS = (f"objective._target_={SUPPORT}.DrawsOfEachImage",)
+PARTS = ("state_dict", "ema", "optimizer_states", "lr_schedulers", "global_step")
+
+
+# --- what the processes run -------------------------------------------------------------------------------------------
+
+
+class KillWhileSaving(Callback):
+    """Rank 0 dies at a step, when the parts of its checkpoint are written and `meta.pt` is not."""
+
+    def __init__(self, step):
+        self.step = step
+
+    def on_save_checkpoint(self, trainer, pl_module, checkpoint):
+        if trainer.global_step == self.step:
+            sharded_checkpoint.atomic_path = lambda path: os.kill(os.getpid(), signal.SIGKILL)
+
+
+class BadGradient(Callback):
+    """One number of the gradient of one rank is not finite, in one step."""
+
+    def __init__(self, step):
+        self.step = step
+
+    def on_after_backward(self, trainer, pl_module):
+        if trainer.global_step == self.step and trainer.global_rank == 1:
+            gradients = [p.grad.to_local() for p in pl_module.parameters() if p.grad is not None]
+            next(gradient for gradient in gradients if gradient.numel()).view(-1)[0] = float("nan")
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory):
+    """The folder of a run of two processes."""
+    folder = tmp_path_factory.mktemp("undisturbed")
+    assert launch(folder, *TWO, *SAME_DRAWS) == [0, 0]
+    return folder
+
+
+@pytest.fixture(scope="module")
+def killed(tmp_path_factory):
+    """The folder of the same run, of which one process was killed when it saved step 6; it was saved after step 4."""
+    folder = tmp_path_factory.mktemp("killed")
+    kill = f"+callbacks.kill={{_target_: {HERE}.KillWhileSaving, step: 6}}"
+    assert launch(folder, *TWO, *SAME_DRAWS, kill)[0] == -signal.SIGKILL
+    return folder
+
+
+# --- numbers ----------------------------------------------------------------------------------------------------------
+
+
+def test_two_processes_train_as_one_does(undisturbed, tmp_path):
+    run(small_config(tmp_path, *SAME_DRAWS, "callbacks.pictures=null"))
+    ours, theirs = load(undisturbed), load(tmp_path)
+    for part in PARTS:
+        assert largest_difference(ours[part], theirs[part]) <= 1e-4, part
+    assert ours.keys() == theirs.keys()
+
+
+def test_rank_zero_writes_pictures_of_weights_that_no_process_has(undisturbed):
+    assert {path.name for path in undisturbed.glob("pictures/*")} == {"step_000004.png", "step_000008.png"}
+
+
+# --- interruptions ----------------------------------------------------------------------------------------------------
+
+
+def test_a_process_killed_while_it_saves_leaves_the_checkpoint_before(killed):
+    folder = killed / "checkpoints" / "last.ckpt"
+    assert len([path for path in folder.iterdir() if path.is_dir()]) == 2
+    assert load(killed)["global_step"] == 4
+
+
+def test_a_killed_run_goes_on_exactly(undisturbed, killed, tmp_path):
+    assert launch(tmp_path, *TWO, *SAME_DRAWS, f"ckpt_path={killed}") == [0, 0]
+    ours, theirs = load(tmp_path), load(undisturbed)
+    for part in PARTS:
+        assert largest_difference(ours[part], theirs[part]) == 0.0, part
+    assert "interrupted with" not in (tmp_path / "rank_0.log").read_text()
+
+
+def test_one_process_without_shards_goes_on_and_says_what_that_changes(undisturbed, killed, tmp_path, caplog):
+    run(small_config(tmp_path, *SAME_DRAWS, f"ckpt_path={killed}", "callbacks.pictures=null"))
+    assert (tmp_path / "checkpoints" / "last.ckpt").is_file()
+    for part in PARTS:
+        assert largest_difference(load(tmp_path)[part], load(undisturbed)[part]) <= 1e-4, part
+    assert "interrupted with 2 processes and goes on with 1" in caplog.text
+
+
+# --- checkpoints ------------------------------------------------------------------------------------------------------
+
+
+def test_a_sharded_checkpoint_reads_like_any_other(undisturbed, tmp_path):
+    last, best = (undisturbed / "checkpoints" / name for name in ("last.ckpt", "best.ckpt"))
+    assert is_sharded_checkpoint(last)
+    assert is_sharded_checkpoint(best)
+    checkpoint = read_checkpoint(last)
+    for weights, stored in (("ema", checkpoint["ema"]["weights"]), ("raw", checkpoint["state_dict"])):
+        model, cfg = load_run(undisturbed, weights=weights)
+        state = {f"model.{name}": tensor for name, tensor in model.state_dict().items()}
+        assert largest_difference({name: state[name] for name in stored}, dict(stored)) == 0.0
+        assert cfg.size.registers == 4
+    assert load_run(shutil.copytree(last, tmp_path / "alone.ckpt"))[1].size.registers == 4
+    assert main(["export", str(best), str(tmp_path / "exported")]) == 0
+    shapes = read_header(last)["state_dict"]
+    assert {name: t.shape for name, t in shapes.items()} == {n: t.shape for n, t in checkpoint["state_dict"].items()}
+
+
+def test_evaluation_finds_a_sharded_checkpoint(undisturbed):
+    source = find_source("latest", runs=undisturbed.parent)
+    assert source.weights_file == checkpoint_of_run(source.path)
+    source = find_source(str(undisturbed / "checkpoints" / "best.ckpt"), runs=undisturbed.parent)
+    assert (source.kind, source.run_folder) == ("checkpoint", undisturbed)
+    assert source.load(weights="ema")[1] == "ema"
+
+
+def parts_of(folder):
+    return folder / torch.load(folder / META, weights_only=True)["parts"]
+
+
+def flip_a_bit(folder):
+    file = next(parts_of(folder).glob("*.distcp"))
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 1
+    file.write_bytes(content)
+
+
+def lose_a_part(folder):
+    next(parts_of(folder).glob("__1_*")).unlink()
+
+
+def cut_meta_short(folder):
+    (folder / META).write_bytes((folder / META).read_bytes()[:999])
+
+
+@pytest.mark.parametrize("damage", [flip_a_bit, lose_a_part, cut_meta_short])
+def test_a_damaged_checkpoint_is_named_with_its_alternatives(undisturbed, tmp_path, damage):
+    shutil.copytree(undisturbed / "checkpoints", tmp_path / "checkpoints")
+    damage(tmp_path / "checkpoints" / "last.ckpt")
+    with pytest.raises(ValueError, match=r"last\.ckpt cannot be read.*others here: .*best\.ckpt"):
+        load_run(tmp_path)
+
+
+class Intruder:
+    def __reduce__(self):
+        return os.abort, ()
+
+
+def change_meta(folder, change):
+    meta = torch.load(folder / META, weights_only=True)
+    change(meta)
+    torch.save(meta, folder / META)
+
+
+def test_an_index_that_would_run_code_is_refused(undisturbed, tmp_path):
+    folder = Path(shutil.copytree(undisturbed / "checkpoints" / "last.ckpt", tmp_path / "last.ckpt"))
+    index = parts_of(folder) / ".metadata"
+    index.write_bytes(pickle.dumps(Intruder()))
+    change_meta(folder, lambda meta: meta["checksums"].update({".metadata": sharded_checkpoint._checksum(index)}))
+    with pytest.raises(ValueError, match="abort, which no index needs"):
+        read_checkpoint(folder)
+
+
+def test_tensors_that_are_larger_than_the_files_are_refused(undisturbed, tmp_path):
+    folder = Path(shutil.copytree(undisturbed / "checkpoints" / "last.ckpt", tmp_path / "last.ckpt"))
+    huge = {"huge": torch.empty(2**40, device="meta")}
+    change_meta(folder, lambda meta: meta["checkpoint"]["state_dict"].update(huge))
+    with pytest.raises(ValueError, match="said to be larger than"):
+        read_checkpoint(folder)
+
+
+def test_a_file_and_a_folder_of_one_name_replace_each_other(tmp_path):
+    path, aside = tmp_path / "last.ckpt", tmp_path / "replaced_last.ckpt"
+    torch.save({"old": 1}, path)
+    with pytest.raises(KeyboardInterrupt), sharded_checkpoint.make_way(path):
+        raise KeyboardInterrupt
+    assert read_checkpoint(aside) == {"old": 1}
+    path.mkdir()
+    fsdp.CheckpointFiles().save_checkpoint({"new": 2}, path)
+    assert read_checkpoint(path) == {"new": 2}
+    assert not aside.exists()
+
+
+# --- what cannot work -------------------------------------------------------------------------------------------------
+
+
+def test_a_loss_scaler_is_refused():
+    with pytest.raises(ValueError, match=r"trainer\.precision.*bf16-mixed or 32-true with trainer=fsdp"):
+        check_config(compose(["experiment=digits", "trainer=fsdp_cpu", "trainer.precision=16-mixed"]))
+
+
+def test_processes_with_unequal_numbers_of_validation_batches_are_refused(monkeypatch):
+    strategy = fsdp.ShardedStrategy()
+    monkeypatch.setattr(fsdp, "of_all_ranks", lambda value: [value, [2]])
+    strategy.check_validation([2])
+    with pytest.raises(ValueError, match="the processes have 3, 2 validation batches.*valid: another data.eval_batch"):
+        strategy.check_validation([3])
+
+
+# --- longer ones ------------------------------------------------------------------------------------------------------
+
+QUICK = ("callbacks.pictures=null", "data.batch_size=200")
+HARD = ("objective=prefix_and_full", "size.act_checkpoint=true", "trainer.accumulate_grad_batches=2")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("overrides", "tolerance"),
+    [((), 1e-4), (HARD, 1e-4), (("trainer.precision=bf16-mixed",), 1e-2), (("compile=true",), 1e-4)],
+    ids=["plain", "several passes", "bf16", "compiled"],
+)
+def test_it_gives_the_numbers_of_ddp(tmp_path, overrides, tolerance):
+    for trainer in ("ddp_cpu", "fsdp_cpu"):
+        assert launch(tmp_path / trainer, *QUICK, f"trainer={trainer}", *overrides) == [0, 0]
+    ours, theirs = load(tmp_path / "fsdp_cpu"), load(tmp_path / "ddp_cpu")
+    assert largest_difference(ours["state_dict"], theirs["state_dict"]) <= tolerance
+    assert largest_difference(ours["ema"]["weights"], theirs["ema"]["weights"]) <= tolerance
