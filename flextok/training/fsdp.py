@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from lightning import LightningModule
 from lightning.fabric.utilities.types import _PATH
 from lightning.pytorch.plugins import TorchCheckpointIO
 from lightning.pytorch.strategies import ModelParallelStrategy, Strategy
@@ -30,39 +29,38 @@ _FORWARDS = ("training_step", "validation_step", "call")
 class ShardedStrategy(ModelParallelStrategy):
     """Lightning's strategy for FSDP2 with all processes in one mesh, and checkpoints as any other run writes them.
 
-    Lightning's own checkpoints leave all but weights and optimizer to rank 0, so that an average could not be sharded;
-    they are read with pickle, and written over the last one.
+    Lightning's own leave all but weights and optimizer to rank 0, so that an average could not be sharded; they are
+    read with pickle, and written over the last one.
     """
 
     # As of a run without shards. Nothing is gathered: the tensors in these are the parts.
     lightning_module_state_dict = Strategy.lightning_module_state_dict
     optimizer_state = Strategy.optimizer_state
     lightning_restore_optimizer = True  # type: ignore[assignment]
+    # The moving average has to be restored before it looks for one to start from.
     restore_checkpoint_after_setup = False  # type: ignore[assignment]
 
     def setup_environment(self) -> None:
+        # Only now is it known how many there are; Lightning's "auto" would share weights inside a machine alone.
         self._data_parallel_size, self._tensor_parallel_size = self.num_nodes * self.num_processes, 1
         super().setup_environment()
 
-    def shard(self, module: LightningModule) -> None:
-        """Leave each process its part of the parameters; nothing happens to a module that is sharded.
+    def shard(self, module: Any) -> None:
+        """Leave each process its part of the parameters of a TokenizerModule, unless that is done.
 
         Raises:
-            ValueError: something outside of the encoder, decoder and objective would be trained.
+            ValueError: the VAE would be trained.
         """
         if isinstance(module, FSDPModule):
             return
-        assert self.precision_plugin is not None
-        in_bf16 = self.precision_plugin.precision == "bf16-mixed"
-        # What autocast computes in bfloat16 may as well be sent so. The rest stays float32, as it does without shards.
-        policy = MixedPrecisionPolicy(
-            param_dtype=torch.bfloat16 if in_bf16 else None,
-            reduce_dtype=torch.float32,
-            cast_forward_inputs=False,
-        )
         for parameter in module.parameters():
             parameter.data = parameter.data.contiguous()  # FSDP2 takes no other; position tables are transposed.
         mesh = self.device_mesh["data_parallel"]
+        # What autocast computes in bfloat16 may as well be sent so. The rest stays float32, as it does without shards.
+        in_bf16 = self.precision_plugin.precision == "bf16-mixed"
+        policy = MixedPrecisionPolicy(
+            param_dtype=torch.bfloat16 if in_bf16 else None, reduce_dtype=torch.float32, cast_forward_inputs=False
+        )
         for block in trunk_blocks(module):
             fully_shard(block, mesh=mesh, mp_policy=policy, reshard_after_forward=True)
         ignored = set(module.model.vae.parameters())
@@ -71,9 +69,7 @@ class ShardedStrategy(ModelParallelStrategy):
             register_fsdp_forward_method(module, name)
         whole = [n for n, p in module.named_parameters() if p.requires_grad and not isinstance(p, DTensor)]
         if whole:
-            raise ValueError(
-                f"{whole[0]} would be trained, but is not sharded; valid: freeze it (model.vae.frozen=true)"
-            )
+            raise ValueError(f"{whole[0]} would be trained, but is not sharded; valid: model.vae.frozen=true")
 
     def check_validation(self, num_batches: Sequence[int | float]) -> None:
         """Refuse validation in which some process would wait for ever for weights that the others do not send.
@@ -81,12 +77,11 @@ class ShardedStrategy(ModelParallelStrategy):
         Raises:
             ValueError: the processes have not all the same number of batches.
         """
-        of_ranks = of_all_ranks(list(num_batches))
-        if any(of_rank != of_ranks[0] for of_rank in of_ranks):
+        counts = of_all_ranks(sum(num_batches))
+        if len(set(counts)) > 1:
             raise ValueError(
-                f"the processes have {', '.join(str(int(sum(of_rank))) for of_rank in of_ranks)} validation batches, and "
-                "with trainer=fsdp it must be the same number; valid: another data.eval_batch_size, or "
-                "trainer.limit_val_batches"
+                f"the processes have {', '.join(f'{count:g}' for count in counts)} validation batches, but with "
+                "trainer=fsdp it must be one number; valid: another data.eval_batch_size, or trainer.limit_val_batches"
             )
 
     def save_checkpoint(self, checkpoint: dict[str, Any], filepath: _PATH, storage_options: Any = None) -> None:
@@ -100,11 +95,9 @@ class ShardedStrategy(ModelParallelStrategy):
 
     def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:
         assert self.lightning_module is not None
-        own = self.lightning_module.state_dict()
-        stored = {
-            name: sharded_like(t, own[name]) if name in own else t for name, t in checkpoint["state_dict"].items()
-        }
-        self.lightning_module.load_state_dict(stored, strict=strict)
+        own, stored = self.lightning_module.state_dict(), checkpoint["state_dict"]
+        parts = {name: sharded_like(tensor, own[name]) if name in own else tensor for name, tensor in stored.items()}
+        self.lightning_module.load_state_dict(parts, strict=strict)
 
     def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
         for optimizer, state in zip(self.optimizers, checkpoint["optimizer_states"], strict=True):
@@ -116,12 +109,6 @@ class ShardedStrategy(ModelParallelStrategy):
             optimizer.load_state_dict({**state, "state": of_parameters})
 
 
-def _as_part(value: Any, parameter: Tensor) -> Any:
-    """A number of an optimizer as it is; what has the shape of its parameter, sharded like it."""
-    has_shape = isinstance(value, Tensor) and value.shape == parameter.shape
-    return sharded_like(value, parameter) if has_shape else value
-
-
 class CheckpointFiles(TorchCheckpointIO):
     """Checkpoints of a run that is not sharded: it may go on from a sharded one, and write where that was."""
 
@@ -129,9 +116,13 @@ class CheckpointFiles(TorchCheckpointIO):
         with make_way(Path(path)) if Path(path).is_dir() else nullcontext():
             super().save_checkpoint(checkpoint, path, storage_options)
 
-    def load_checkpoint(
-        self, path: _PATH, map_location: Any = None, weights_only: bool | None = None
-    ) -> dict[str, Any]:
+    def load_checkpoint(self, path: _PATH, map_location: Any = None, weights_only: bool | None = None) -> Any:
         if is_sharded_checkpoint(Path(path)):
             return read_checkpoint(Path(path))
         return super().load_checkpoint(path, map_location, weights_only)
+
+
+def _as_part(value: Any, parameter: Tensor) -> Any:
+    """A number of an optimizer as it is; what has the shape of its parameter, sharded like it."""
+    has_shape = isinstance(value, Tensor) and value.shape == parameter.shape
+    return sharded_like(value, parameter) if has_shape else value

@@ -71,7 +71,8 @@ class ReconstructionPictures(Callback):
         batch = {self._kind: torch.cat(self._entries), "key": self._keys} if self._keys else None
         if isinstance(trainer.strategy, ShardedStrategy):
             # Each rank has a part of the weights: all of them compute the pictures of rank 0, as they validate.
-            batch = move_data_to_device(trainer.strategy.broadcast(batch), pl_module.device)
+            batch = trainer.strategy.broadcast(move_data_to_device(batch, "cpu"))
+            batch = move_data_to_device(batch, pl_module.device)
             with trainer.precision_plugin.val_step_context():
                 rows = pl_module.call(self._rows, pl_module.model, batch) if batch else {}
         else:

@@ -213,7 +213,7 @@ def test_a_loss_scaler_is_refused():
 
 def test_processes_with_unequal_numbers_of_validation_batches_are_refused(monkeypatch):
     strategy = fsdp.ShardedStrategy()
-    monkeypatch.setattr(fsdp, "of_all_ranks", lambda value: [value, [2]])
+    monkeypatch.setattr(fsdp, "of_all_ranks", lambda value: [value, 2])
     strategy.check_validation([2])
     with pytest.raises(ValueError, match="the processes have 3, 2 validation batches.*valid: another data.eval_batch"):
         strategy.check_validation([3])
