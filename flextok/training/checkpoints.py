@@ -11,6 +11,7 @@ import hydra
 import torch
 from omegaconf import DictConfig, OmegaConf
 from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh
 
 from flextok.flextok_wrapper import FlexTok
 from flextok.training.ema import CHECKPOINT_KEY
@@ -90,14 +91,15 @@ def checkpoint_of_run(path: str | Path) -> Path:
     return max(regular or files, key=lambda file: file.stat().st_mtime)
 
 
-def read_checkpoint(file: Path, *, values: bool = True) -> dict[str, Any]:
+def read_checkpoint(file: Path, *, values: bool = True, mesh: DeviceMesh | None = None) -> dict[str, Any]:
     """Load a checkpoint without running code from it; tensors stay on disk until they are used.
 
-    Those of a sharded one are read whole; without `values` they are on the meta device instead, shapes alone.
+    Those of a sharded one are read whole, or with a mesh what this process is due of them; without `values` they are
+    on the meta device instead, shapes alone.
     """
     try:
         if is_sharded_checkpoint(file):
-            return read_sharded(file) if values else read_header(file)
+            return read_sharded(file, mesh) if values else read_header(file)
         # Loading checks no sums: flipped bits would become weights.
         with zipfile.ZipFile(file) as archive:
             damaged = archive.testzip()

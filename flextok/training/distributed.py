@@ -76,8 +76,8 @@ def check_launch(trainer: "Trainer") -> None:
     if started != devices * nodes:
         raise ValueError(
             f"torchrun started {started} processes, but trainer.devices={devices} with trainer.num_nodes={nodes} "
-            f"makes {devices * nodes}; valid: trainer=ddp, ddp_cpu or multi_node, with trainer.devices the "
-            "--nproc-per-node and trainer.num_nodes the --nnodes of torchrun"
+            f"makes {devices * nodes}; valid: trainer=ddp, multi_node, fsdp, ddp_cpu or fsdp_cpu, with trainer.devices "
+            "the --nproc-per-node and trainer.num_nodes the --nnodes of torchrun"
         )
 
 

@@ -20,7 +20,7 @@ from torch.distributed.tensor import DTensor
 from flextok.model.trunks.transformers import trunk_blocks
 from flextok.training.checkpoints import read_checkpoint
 from flextok.training.distributed import of_all_ranks, sharded_like
-from flextok.training.sharded_checkpoint import is_sharded_checkpoint, make_way, read_sharded, write_sharded
+from flextok.training.sharded_checkpoint import is_sharded_checkpoint, make_way, write_sharded
 
 # During these the weights outside of the blocks are whole.
 _FORWARDS = ("training_step", "validation_step", "call")
@@ -88,10 +88,7 @@ class ShardedStrategy(ModelParallelStrategy):
         write_sharded(checkpoint, Path(filepath))
 
     def load_checkpoint(self, checkpoint_path: _PATH, weights_only: bool | None = None) -> dict[str, Any]:
-        path = Path(checkpoint_path)
-        if is_sharded_checkpoint(path):
-            return read_sharded(path, self.device_mesh["data_parallel"])
-        return read_checkpoint(path)
+        return read_checkpoint(Path(checkpoint_path), mesh=self.device_mesh["data_parallel"])
 
     def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:
         assert self.lightning_module is not None

@@ -110,22 +110,27 @@ def read_sharded(folder: Path, mesh: DeviceMesh | None = None) -> dict[str, Any]
     num_bytes = sum((place / name).stat().st_size for name in checksums)
     if sum(tensor.nbytes for tensor in shapes.values()) > num_bytes:
         raise ValueError(f"its tensors are said to be larger than the {num_bytes:,} bytes of its files")
+    reader = _Reader(place)
     values = {key: _empty(tensor, mesh) for key, tensor in shapes.items()}
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="torch.distributed is disabled")
-            dcp.load(values, storage_reader=_Reader(place), no_dist=True)
-    except (CheckpointException, AssertionError, RuntimeError) as error:
-        raise ValueError(f"its parts do not fit together: {error}") from error
+            dcp.load(values, storage_reader=reader, no_dist=True)
+    except CheckpointException as error:  # No Exception, and a traceback is its text.
+        raise ValueError(f"its parts do not fit together: {str(error).strip().splitlines()[-1]}") from error
     return _map_tensors(meta["checkpoint"], lambda key, tensor: values.get(key, tensor))
 
 
 class _Reader(dcp.FileSystemReader):
     """Torch's reader, but the index can name nothing but what an index consists of, and only tensors in it."""
 
+    def __init__(self, place: Path) -> None:
+        super().__init__(place)
+        with (place / _INDEX).open("rb") as file:
+            self._index: Metadata = _IndexUnpickler(file).load()
+
     def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
-        with (Path(self.path) / _INDEX).open("rb") as file:
-            return _IndexUnpickler(file).load()
+        return self._index
 
 
 class _IndexUnpickler(pickle.Unpickler):

@@ -1,11 +1,11 @@
 """Training with sharded weights: the numbers of a run that is not, checkpoints as folders, whatever kills it."""
 
+import csv
 import os
 import pickle
 import shutil
 import signal
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -237,3 +237,51 @@ def test_it_gives_the_numbers_of_ddp(tmp_path, overrides, tolerance):
     ours, theirs = load(tmp_path / "fsdp_cpu"), load(tmp_path / "ddp_cpu")
     assert largest_difference(ours["state_dict"], theirs["state_dict"]) <= tolerance
     assert largest_difference(ours["ema"]["weights"], theirs["ema"]["weights"]) <= tolerance
+
+
+def final_losses(folder):
+    """The last value of each loss in `metrics.csv`."""
+    with (folder / "metrics.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    return {name: float(row[name]) for row in rows for name in row if "loss" in name and row[name]}
+
+
+@pytest.mark.slow
+def test_the_embedded_experiment_killed_in_the_middle_ends_with_the_loss_of_a_run_that_was_not(tmp_path):
+    long = ("experiment=digits", *TWO, "callbacks.pictures=null", "data.batch_size=64", "trainer.max_steps=100")
+    long = (*long, "trainer.val_check_interval=50", "optimizer.total_steps=100", "callbacks.last.every_n_steps=20")
+    whole, first, second = (tmp_path / name for name in ("whole", "first", "second"))
+    assert launch(whole, *long) == [0, 0]
+    assert -signal.SIGKILL in launch(first, *long, f"+callbacks.kill={{_target_: {SUPPORT}.KillAt, step: 55}}")
+    assert load(first)["global_step"] == 40
+    assert launch(second, *long, f"ckpt_path={first}") == [0, 0]
+    ours, theirs = final_losses(second), final_losses(whole)
+    assert "val/flow_loss" in theirs
+    assert ours == pytest.approx(theirs, abs=1e-6)
+
+
+@pytest.mark.slow
+def test_all_processes_leave_out_a_step_that_one_found_bad(tmp_path):
+    bad = f"+callbacks.bad={{_target_: {HERE}.BadGradient, step: 3}}"
+    assert launch(tmp_path, *TWO, "callbacks.pictures=null", bad) == [0, 0]
+    for rank in range(2):
+        assert "step 4: the gradient is not finite" in (tmp_path / f"rank_{rank}.log").read_text()
+    assert all(tensor.isfinite().all() for tensor in load(tmp_path)["state_dict"].values())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("world_size", "batch_size"), [(1, 400), (3, 133)])
+def test_another_number_of_processes_goes_on(killed, tmp_path, world_size, batch_size):
+    other = (*TWO, *SAME_DRAWS, f"data.batch_size={batch_size}", f"ckpt_path={killed}")
+    assert launch(tmp_path, *other, world_size=world_size) == [0] * world_size
+    assert load(tmp_path)["global_step"] == 8
+    text = (tmp_path / "rank_0.log").read_text()
+    assert f"interrupted with 2 processes and goes on with {world_size}" in text
+
+
+@pytest.mark.slow
+def test_a_run_without_shards_goes_on_with_them(finished_run, tmp_path):
+    overrides = (*TWO, f"ckpt_path={finished_run}", "trainer.max_steps=12")
+    assert launch(tmp_path, *overrides) == [0, 0]
+    assert load(tmp_path)["global_step"] == 12
+    assert "interrupted with 1 processes and goes on with 2" in (tmp_path / "rank_0.log").read_text()
