@@ -5,7 +5,7 @@ once: there rank 0 chooses the folder, and the others are told.
 """
 
 import os
-from collections.abc import Iterable
+from collections.abc import Sequence
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -123,13 +123,27 @@ def part_of(tensor: "Tensor") -> "Tensor":
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
-def total_norm(gradients: "Iterable[Tensor]") -> "Tensor":
-    """The norm of all gradients together, the same number on every process where they are sharded."""
+def total_norm(gradients: "Sequence[Tensor]") -> "Tensor":
+    """The norm of all gradients together; where they are sharded, over all processes, which all have to call it."""
     import torch
+    import torch.distributed as dist
     from torch.distributed.tensor import DTensor
 
-    norm = torch.nn.utils.get_total_norm(gradients)
-    return norm.full_tensor() if isinstance(norm, DTensor) else norm
+    norm = torch.nn.utils.get_total_norm([part_of(gradient) for gradient in gradients])
+    if any(isinstance(gradient, DTensor) for gradient in gradients):
+        # Left to itself, torch would ask the other processes once per gradient.
+        squares = norm.square()
+        dist.all_reduce(squares)
+        norm = squares.sqrt()
+    return norm
+
+
+def clip_by_norm(gradients: "Sequence[Tensor]", limit: float) -> None:
+    """Scale gradients so that their `total_norm` is at most `limit`, as torch's `clip_grad_norm_` does."""
+    import torch
+
+    scale = (limit / (total_norm(gradients) + 1e-6)).clamp(max=1.0)
+    torch._foreach_mul_([part_of(gradient) for gradient in gradients], scale)
 
 
 def _is_under_torchrun() -> bool:

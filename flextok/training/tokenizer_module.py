@@ -10,7 +10,7 @@ from torch.optim import Optimizer
 from flextok.flextok_wrapper import FlexTok
 from flextok.model.data_dict import RNG_KEY, DataDict
 from flextok.model.keep_k import default_keep_ks
-from flextok.training.distributed import total_norm
+from flextok.training.distributed import clip_by_norm, total_norm
 from flextok.training.fsdp import ShardedStrategy
 from flextok.training.progress import log_interval
 from flextok.training.randomness import training_generator
@@ -86,6 +86,15 @@ class TokenizerModule(LightningModule):
             gradients = [p.grad for p in self.parameters() if p.grad is not None]
             self.log("train/grad_norm", total_norm(gradients))
             self.log("train/lr", optimizer.param_groups[0]["lr"])
+
+    def configure_gradient_clipping(
+        self, optimizer: Optimizer, gradient_clip_val: float | None = None, gradient_clip_algorithm: str | None = None
+    ) -> None:
+        is_sharded = isinstance(self.trainer.strategy, ShardedStrategy)
+        if is_sharded and gradient_clip_val and gradient_clip_algorithm != "value":
+            clip_by_norm([p.grad for p in self.parameters() if p.grad is not None], gradient_clip_val)
+        else:
+            self.clip_gradients(optimizer, gradient_clip_val, gradient_clip_algorithm)
 
     def configure_optimizers(self) -> Any:
         return self.make_optimizer(self)
