@@ -113,7 +113,7 @@ class CheckpointFiles(TorchCheckpointIO):
         with make_way(Path(path)) if Path(path).is_dir() else nullcontext():
             super().save_checkpoint(checkpoint, path, storage_options)
 
-    def load_checkpoint(self, path: _PATH, map_location: Any = None, weights_only: bool | None = None) -> Any:
+    def load_checkpoint(self, path: _PATH, map_location: Any = "cpu", weights_only: bool | None = None) -> Any:
         if is_sharded_checkpoint(Path(path)):
             return read_checkpoint(Path(path))
         return super().load_checkpoint(path, map_location, weights_only)

@@ -81,8 +81,11 @@ def make_way(path: Path) -> Iterator[None]:
     It is removed when the block has succeeded; otherwise it stays, as `replaced_<name>`, for whoever looks for another.
     """
     aside = path.with_name(f"replaced_{path.name}")
-    _remove(aside)
-    path.replace(aside)
+    if path.is_file() or is_sharded_checkpoint(path):
+        _remove(aside)
+        path.replace(aside)
+    else:
+        _remove(path)  # Never completed.
     yield
     _remove(aside)
 

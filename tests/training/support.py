@@ -19,6 +19,8 @@ from flextok.training.checkpoints import read_checkpoint
 from flextok.training.objective import RectifiedFlowObjective
 from flextok.training.run import run
 
+PATIENCE = 180  # seconds after which processes hang, rather than being slow
+
 # Three batches per epoch, so that a dozen steps cross several ends of an epoch.
 SMALL = (
     "model=tiny",
@@ -117,7 +119,7 @@ def launch(folder, *overrides, world_size=2):
     for each in processes:
         each.start()
     for each in processes:
-        each.join(timeout=180)
+        each.join(timeout=PATIENCE)
     hanging = [each for each in processes if each.is_alive()]
     for each in hanging:
         each.kill()
