@@ -7,16 +7,18 @@ from omegaconf import DictConfig
 
 from flextok.config import check_config, register_resolvers, run_command
 from flextok.training.distributed import announce_run_folder, join_run_folder
+from flextok.training.sweep_summary import optimized_metric
 
 
 @hydra.main(config_path="configs", config_name="train", version_base="1.3")
 def main(cfg: DictConfig) -> float | None:
-    """Return the validation loss, for sweepers."""
+    """Return `optimized_metric`, for sweepers."""
+    register_resolvers()  # Again: in a job that a launcher submits this is where our code begins.
     check_config(cfg)
     announce_run_folder()
     from flextok.training.run import run  # Takes seconds: `--help` and mistakes should not wait for it.
 
-    return run(cfg).get("val/flow_loss")
+    return optimized_metric(cfg, run(cfg))
 
 
 if __name__ == "__main__":

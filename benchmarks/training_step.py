@@ -18,6 +18,7 @@ from benchmarks.harness import measure_in_turn, median_ratio, print_table
 from benchmarks.observation import saved_bytes
 from benchmarks.workloads import FORMS, WORKLOADS, Step, Workload, build_model, draw_step
 from flextok.flextok_wrapper import FlexTok
+from flextok.training import flops as formulas
 
 NUM_DRAWS = 8
 """Steps of different `keep_k`, times and noise that are gone through again and again."""
@@ -147,21 +148,21 @@ def speed(
 
 
 def step_flops(model: FlexTok, name: str, steps: Sequence[Step], *, num_patches: int) -> float:
-    """Mean over the steps of the operations that `name` has to do, see `flops`."""
+    """Mean over the steps of the operations that `name` has to do, see `flextok.training.flops`."""
     num_registers, batch = model.num_registers, len(steps[0].keep_ks)
-    encoder = weights_of(model.encoder.module_dict["enc_transformer"])
-    decoder = weights_of(model.decoder.module_dict["dec_transformer"])
+    encoder = formulas.trunk_weights(model.encoder.module_dict["enc_transformer"])
+    decoder = formulas.trunk_weights(model.decoder.module_dict["dec_transformer"])
     whole = [num_registers] * batch
     totals = []
     for step in steps:
         encoded = read_registers(step) if name in FORMS else whole
-        pairs = sum(flops.causal_last_pairs(num_patches, kept) for kept in encoded)
+        pairs = sum(formulas.causal_last_pairs(num_patches, kept) for kept in encoded)
         tokens = len(encoded) * num_patches + sum(encoded)
-        total = flops.trunk_training_flops(**encoder, tokens=tokens, samples=batch, pairs=pairs)
+        total = formulas.trunk_training_flops(**encoder, tokens=tokens, samples=batch, pairs=pairs)
         seen = step.keep_ks if name in DROPPING else whole
-        pairs = flops.full_pairs([num_patches + kept for kept in seen])
+        pairs = formulas.full_pairs([num_patches + kept for kept in seen])
         tokens = batch * num_patches + sum(step.keep_ks if name == "packed" else whole)
-        total += flops.trunk_training_flops(**decoder, tokens=tokens, samples=batch, pairs=pairs)
+        total += formulas.trunk_training_flops(**decoder, tokens=tokens, samples=batch, pairs=pairs)
         totals.append(total)
     return mean(totals)
 
@@ -169,18 +170,6 @@ def step_flops(model: FlexTok, name: str, steps: Sequence[Step], *, num_patches:
 def read_registers(step: Step) -> list[int]:
     """How many registers of each sample the decoder reads; samples of the null condition are none."""
     return [keep_k for keep_k, null in zip(step.keep_ks, step.null, strict=True) if not null or all(step.null)]
-
-
-def weights_of(trunk: Any) -> dict[str, int]:
-    """What `flops.trunk_training_flops` wants to know about a trunk."""
-    sizes = {name: weight.numel() for name, weight in trunk.blocks.named_parameters()}
-    modulation = sum(size for name, size in sizes.items() if "adaLN_modulation" in name)
-    return {
-        "token_weights": sum(sizes.values()) - modulation,
-        "sample_weights": modulation,
-        "depth": len(trunk.blocks),
-        "width": trunk.blocks[0].attn.proj.in_features,
-    }
 
 
 def ratios(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:

@@ -1,5 +1,6 @@
 """Reading a configuration: its resolvers, composing it in Python, and how a mistake in it is reported."""
 
+import errno
 import os
 import sys
 from collections.abc import Callable, Sequence
@@ -15,6 +16,9 @@ from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 from flextok.config_checks import check_config
 
 __all__ = ["CONFIG_FOLDER", "check_config", "compose", "register_resolvers", "run_command"]
+
+# Hydra makes the folder of a run before our own code runs, and cannot know how it is chosen.
+_CANNOT_WRITE = (errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EROFS, errno.ENOSPC, errno.EDQUOT)
 
 CONFIG_FOLDER = Path(__file__).resolve().parent.parent / "configs"
 
@@ -46,7 +50,7 @@ def run_command(main: Callable[[], Any]) -> None:
     os.environ["HYDRA_FULL_ERROR"] = "1"
     try:
         main()
-    except (ValueError, HydraException, OmegaConfBaseException) as error:
+    except (ValueError, OSError, HydraException, OmegaConfBaseException) as error:
         if wants_traceback:
             raise
         sys.stderr.write(f"(HYDRA_FULL_ERROR=1 shows the traceback)\nerror: {describe_error(error)}\n")
@@ -58,7 +62,9 @@ def describe_error(error: BaseException) -> str:
     messages: list[str] = []
     cause: BaseException | None = error
     while cause is not None:
-        text = " ".join(str(cause).split())
+        # An error of a data worker comes with its traceback, whose last line is the error itself.
+        said = str(cause).partition("Original Traceback")
+        text = " ".join((said[2].strip().splitlines()[-1] if said[2] else said[0]).split())
         if text and not any(text in message for message in messages):
             messages.append(text)
         if isinstance(cause, OmegaConfBaseException):
@@ -66,6 +72,8 @@ def describe_error(error: BaseException) -> str:
         cause = cause.__cause__
     if any(text.startswith("Config group override must be") for text in messages):
         messages.append("to leave a group out write <group>=none, such as logger=none")
+    if isinstance(error, OSError) and error.errno in _CANNOT_WRITE:
+        messages.append("where a run is written: hydra.run.dir=<folder> or paths.runs=<folder>")
     return " | ".join(messages) or type(error).__name__
 
 

@@ -5,6 +5,7 @@ that a configuration does not have is not checked, so training and evaluation sh
 """
 
 import os
+import re
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -22,13 +23,14 @@ MANDATORY = {
     "size.encoder_depth": "an integer of at least 1 (model=flextok leaves it open)",
     "size.decoder_depth": "an integer of at least 1 (model=flextok leaves it open)",
     "data.root": "a folder with images",
+    "data.path": "a folder or URL of LitData chunks (data=streaming), a folder or the name of a Hugging Face data set",
     "latent.path": "the local folder of a diffusers AutoencoderKL, or its name on the hub (owner/name)",
 }
 COUNTS = (
     *("data.batch_size", "data.eval_batch_size", "data.image_size", "latent.downsample", "validation.num_sigmas"),
     *("trainer.val_check_interval", "trainer.log_every_n_steps", "trainer.accumulate_grad_batches"),
     *("callbacks.last.every_n_steps", "callbacks.last.keep_every_n_steps"),
-    *("callbacks.pictures.num_images", "callbacks.pictures.timesteps"),
+    *("callbacks.pictures.num_images", "callbacks.pictures.timesteps", "callbacks.loss_buckets.num_times"),
 )
 KEEP_K_FIELDS = ("validation.keep_ks", "evaluation.keep_ks", "callbacks.pictures.keep_ks")
 MAX_SEED = 2**32 - 1  # What Lightning and NumPy take.
@@ -96,6 +98,9 @@ def _check_precision(cfg: DictConfig) -> None:
     strategy = setting(cfg, "trainer.strategy._target_")
     if strategy is not None and strategy.endswith("ShardedStrategy") and str(precision) in ("16-mixed", "16"):
         refuse("trainer.precision", precision, "bf16-mixed or 32-true with trainer=fsdp, which has no loss scaler")
+    if str(precision) in ("16-mixed", "16") and setting(cfg, "optimizer.fused"):
+        # It unscales gradients in its own step: before, they cannot be clipped or measured.
+        refuse("optimizer.fused", True, f"false where trainer.precision={precision}")
 
 
 def _check_attention(cfg: DictConfig) -> None:
@@ -119,9 +124,11 @@ def _check_named_nodes(cfg: DictConfig) -> None:
 
 
 def _check_paths(cfg: DictConfig) -> None:
-    for field, valid in (("ckpt_path", "null, or an"), ("init_from", "null, or an"), ("data.root", "an")):
+    for field, valid in (("ckpt_path", "null, auto, or an"), ("init_from", "null, or an"), ("data.root", "an")):
         value = setting(cfg, field)
-        if value is not None and not Path(value).expanduser().exists():
+        is_auto = field == "ckpt_path" and value == "auto"
+        is_url = field == "data.root" and re.match(r"[a-z]\w+:", str(value))
+        if value is not None and not is_auto and not is_url and not Path(value).expanduser().exists():
             refuse(field, value, f"{valid} existing path (looked in {os.getcwd()})")
     vae = setting(cfg, "latent.path")
     if vae is not None and _looks_local(vae) and not Path(vae).expanduser().is_dir():
@@ -137,8 +144,8 @@ def _check_start(cfg: DictConfig) -> None:
     init_from = setting(cfg, "init_from")
     if init_from is None:
         return
-    if setting(cfg, "ckpt_path") is not None:
-        refuse("init_from", init_from, "null where ckpt_path is given: a resumed run brings its weights")
+    if setting(cfg, "ckpt_path") not in (None, "auto"):
+        refuse("init_from", init_from, "null where ckpt_path is a path: a resumed run brings its weights")
     if Path(init_from).suffix != ".safetensors":
         refuse("init_from", init_from, "a .safetensors file (to continue a run use ckpt_path)")
     theirs = _stored_levels(Path(init_from).expanduser())

@@ -2,7 +2,9 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 
+import torch
 from torch import Tensor, nn
 
 from flextok.model.data_dict import DataDict
@@ -13,6 +15,8 @@ class ImageCodec(nn.Module, ABC):
     """What every VAE shares: its keys, batching of lists, and skipping of latents that are already there."""
 
     downsample_factor: int
+    in_memory = True
+    """Whether its weights, if it has any, are part of the model; see `loaded`."""
 
     def __init__(
         self,
@@ -36,6 +40,10 @@ class ImageCodec(nn.Module, ABC):
     @abstractmethod
     def _decode(self, latents: Tensor) -> Tensor:
         """The way back."""
+
+    def loaded(self, device: torch.device) -> AbstractContextManager[None]:
+        """Inside, encoding and decoding read no weights from disk. Here nothing has to be done for it."""
+        return nullcontext()
 
     def init_weights_muP(self) -> None:
         """Nothing to do: the VAE is pretrained."""

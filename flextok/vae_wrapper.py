@@ -1,5 +1,9 @@
 """Images to latents and back with a diffusers `AutoencoderKL`."""
 
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -8,6 +12,8 @@ from torch import Tensor, nn
 from flextok.image_codec import ImageCodec
 from flextok.model.data_dict import RNG_KEY, DataDict
 from flextok.utils.misc import get_autocast_context, str_to_dtype
+
+logger = logging.getLogger(__name__)
 
 
 def _default_architecture(latent_channels: int) -> Any:
@@ -40,7 +46,16 @@ class StableDiffusionVAE(ImageCodec):
         sample_posterior: False takes the mode of the posterior.
         force_vae_encode: False keeps latents that are already in the dictionary.
         frozen: no gradients, and evaluation mode whatever `train()` is asked.
+        in_memory: False reads the weights anew inside each `loaded()` and keeps nothing of them: they are in no state
+            dict, and neither `to()` nor other processes see them. For training on latents.
+
+    Raises:
+        ValueError: `in_memory=False` cannot go with the other arguments, or the folder holds no weights.
+        OSError: `hf_hub_path` cannot be read.
     """
+
+    # Registered as a module only where it stays in memory.
+    vae: Any
 
     def __init__(
         self,
@@ -59,6 +74,7 @@ class StableDiffusionVAE(ImageCodec):
         compile_encode_fn: bool = False,
         force_vae_encode: bool = True,
         frozen: bool = False,
+        in_memory: bool = True,
     ) -> None:
         super().__init__(
             images_read_key, vae_latents_read_key, vae_latents_write_key, images_reconst_write_key, force_vae_encode
@@ -67,11 +83,19 @@ class StableDiffusionVAE(ImageCodec):
         self.dtype = str_to_dtype(dtype_override) or torch.float32
         self.sample_posterior = sample_posterior
         self.frozen = frozen
-        if hf_hub_path is None:
-            self.vae = _default_architecture(latent_channels)
+        self.hf_hub_path = hf_hub_path
+        self.in_memory = in_memory
+        if not in_memory:
+            if hf_hub_path is None or not frozen or compile_encode_fn:
+                raise ValueError(
+                    f"model.vae.in_memory=False cannot go with hf_hub_path={hf_hub_path!r}, frozen={frozen}, "
+                    f"compile_encode_fn={compile_encode_fn}; valid: a path, True, False"
+                )
+            self.vae, self._config = None, _read_architecture(hf_hub_path)
         else:
-            self.vae = _load_autoencoder(hf_hub_path)
-        self.scaling_factor = scaling_factor or self.vae.config.scaling_factor
+            self.vae = _default_architecture(latent_channels) if hf_hub_path is None else _load_autoencoder(hf_hub_path)
+            self._config = self.vae.config
+        self.scaling_factor = scaling_factor or self._config.scaling_factor
         if learnable_logvar:
             self.logvar = nn.Parameter(torch.tensor(float(logvar_init)))
         if compile_encode_fn:
@@ -81,11 +105,11 @@ class StableDiffusionVAE(ImageCodec):
 
     @property
     def downsample_factor(self) -> int:  # type: ignore[override]
-        return 2 ** (len(self.vae.config.block_out_channels) - 1)
+        return 2 ** (len(self._config.block_out_channels) - 1)
 
     @property
     def latent_dim(self) -> int:
-        return self.vae.config.latent_channels
+        return self._config.latent_channels
 
     @property
     def device(self) -> torch.device:
@@ -108,6 +132,23 @@ class StableDiffusionVAE(ImageCodec):
     def train(self, mode: bool = True) -> "StableDiffusionVAE":
         return super().train(mode and not self.frozen)
 
+    @contextmanager
+    def loaded(self, device: torch.device) -> Iterator[None]:
+        """Inside, the network is there, on `device` if it was not in memory; then it is gone afterwards.
+
+        Raises OSError if it cannot be read.
+        """
+        if self.vae is not None:
+            yield
+            return
+        network = _load_autoencoder(str(self.hf_hub_path)).requires_grad_(False).eval().to(device)
+        # Past `nn.Module`, which would register it.
+        object.__setattr__(self, "vae", network)
+        try:
+            yield
+        finally:
+            object.__setattr__(self, "vae", None)
+
     def get_last_layer(self) -> Tensor:
         return self.vae.decoder.conv_out.weight
 
@@ -115,7 +156,7 @@ class StableDiffusionVAE(ImageCodec):
         return getattr(self, "logvar", None)
 
     def _encode(self, images: Tensor, data_dict: DataDict) -> Tensor:
-        with get_autocast_context(images, self.dtype):
+        with self.loaded(images.device), get_autocast_context(images, self.dtype):
             posterior = self.vae.encode(images.to(self._weight_dtype)).latent_dist
         if self.vae_kl_loss_write_key is not None:
             data_dict[self.vae_kl_loss_write_key] = posterior.kl()
@@ -125,7 +166,7 @@ class StableDiffusionVAE(ImageCodec):
 
     def _decode(self, latents: Tensor) -> Tensor:
         latents = latents / self.scaling_factor
-        with get_autocast_context(latents, self.dtype):
+        with self.loaded(latents.device), get_autocast_context(latents, self.dtype):
             return self.vae.decode(latents.to(self._weight_dtype)).sample
 
 
@@ -133,9 +174,32 @@ def _load_autoencoder(path: str) -> Any:
     from diffusers import AutoencoderKL
 
     try:
-        return AutoencoderKL.from_pretrained(path, low_cpu_mem_usage=False)
+        # The random weights that are overwritten at once must not move torch's generator.
+        with torch.random.fork_rng(devices=[]):
+            return AutoencoderKL.from_pretrained(path, low_cpu_mem_usage=False)
     except OSError as error:
-        raise OSError(
-            f"hf_hub_path={path!r} is neither a local folder with an AutoencoderKL (config.json and weights) nor a "
-            f"reachable hub model; to work offline give a local folder"
-        ) from error
+        raise _unreadable(path) from error
+
+
+def _read_architecture(path: str) -> Any:
+    """The config of a network, all defaults filled in; its weights are not read."""
+    from diffusers import AutoencoderKL
+
+    folder = Path(path).expanduser()
+    if folder.is_dir() and not [*folder.glob("*.safetensors"), *folder.glob("*.bin")]:
+        raise ValueError(f"latent.path={path!r} has no weights; valid: a folder with those of an AutoencoderKL")
+    try:
+        with torch.device("meta"):
+            network = AutoencoderKL.from_config(AutoencoderKL.load_config(path))
+    except OSError as error:
+        raise _unreadable(path) from error
+    num_parameters = f"{sum(parameter.numel() for parameter in network.parameters()):,}"
+    logger.info("the VAE's %s parameters are not in memory; they are read when pictures are drawn", num_parameters)
+    return network.config
+
+
+def _unreadable(path: str) -> OSError:
+    return OSError(
+        f"hf_hub_path={path!r} is neither a local folder with an AutoencoderKL (config.json and weights) nor a "
+        f"reachable hub model; to work offline give a local folder"
+    )

@@ -17,6 +17,8 @@ FILES = sorted(path.relative_to(CONFIG_FOLDER) for path in CONFIG_FOLDER.rglob("
 OPTIONS = [path for path in FILES if path.parent != Path()]
 # What only the user knows, and what Hydra fills in.
 UNKNOWN = {"latent.path": "models/vae", "data.root": "images", "checkpoint": "runs/x", "paths.run": "runs/x"}
+# Groups of Hydra's own: every program has them.
+HYDRA_GROUPS = {"hydra/launcher"}
 # Without which an option does not fit the defaults of its program.
 NEEDED = {"vae/kl.yaml": ["data.image_size=32"]}
 
@@ -24,7 +26,8 @@ NEEDED = {"vae/kl.yaml": ["data.image_size=32"]}
 def groups_of(program: str) -> set[str]:
     """The groups a program chooses from, as its defaults list names them."""
     defaults = yaml.safe_load((CONFIG_FOLDER / f"{program}.yaml").read_text())["defaults"]
-    return {next(iter(entry)).removeprefix("override ").strip("/") for entry in defaults if isinstance(entry, dict)}
+    named = {next(iter(entry)).removeprefix("override ").strip("/") for entry in defaults if isinstance(entry, dict)}
+    return named | (HYDRA_GROUPS if program == "train" else set())
 
 
 def resolved(cfg: Any) -> Any:

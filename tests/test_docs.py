@@ -67,6 +67,7 @@ def prepared(tmp_path_factory):
         for i in range(6):
             Image.new("RGB", (40, 30), (40 * i, 90, 120)).save(f"my_images/{i}.jpg")
         shutil.copy("my_images/0.jpg", "cat.jpg")
+        write_data_sets(sorted(Path("my_images").iterdir()))
         steps = (
             "size.registers=16",
             "trainer.max_steps=2",
@@ -79,6 +80,19 @@ def prepared(tmp_path_factory):
         for name in ("released", "EPFL-VILAB/flextok_d18_d28_dfn"):
             export_model(instantiate(config), config, name)
     return folder
+
+
+def write_data_sets(files):
+    """The same images in LitData chunks and in a table of Hugging Face."""
+    import datasets
+
+    from flextok.data.streaming_writer import write_streaming_split
+
+    for split in ("train", "val", "test"):
+        write_streaming_split(f"my_chunks/{split}", ((file.name, file.read_bytes()) for file in files))
+    rows = {"image": [str(file) for file in files], "name": [file.name for file in files]}
+    table = datasets.Dataset.from_dict(rows).cast_column("image", datasets.Image())
+    datasets.DatasetDict({"train": table, "validation": table}).save_to_disk("my_table")
 
 
 def run_train(arguments, caplog):
@@ -225,11 +239,17 @@ def test_the_tree_marks_the_files_that_checkpoints_name():
 
 
 def config_groups() -> dict[str, set[str]]:
-    return {path.name: {file.stem for file in path.glob("*.yaml")} for path in CONFIG_FOLDER.iterdir() if path.is_dir()}
+    groups: dict[str, set[str]] = {}
+    for file in CONFIG_FOLDER.glob("*/**/*.yaml"):
+        groups.setdefault(file.parent.relative_to(CONFIG_FOLDER).as_posix(), set()).add(file.stem)
+    return groups
 
 
 def test_the_tree_lists_every_config_group_with_its_options():
-    described = {path.split("/")[1]: text for path, text in tree_entries().items() if path.startswith("configs/")}
+    entries = tree_entries().items()
+    described = {
+        path.removeprefix("configs/").rstrip("/"): text for path, text in entries if path.startswith("configs/")
+    }
     assert {name for name in described if not name.endswith(".yaml")} - {""} == set(config_groups())
     for group, options in config_groups().items():
         assert options <= set(re.findall(r"\w+", described[group])), group
@@ -237,7 +257,7 @@ def test_the_tree_lists_every_config_group_with_its_options():
 
 def test_the_table_of_groups_is_complete():
     rows = re.findall(
-        r"^\| `(\w+)` \| ([^|]*) \|", (REPOSITORY / "docs/configuration.md").read_text(), flags=re.MULTILINE
+        r"^\| `([\w/]+)` \| ([^|]*) \|", (REPOSITORY / "docs/configuration.md").read_text(), flags=re.MULTILINE
     )
     table = {group: set(re.findall(r"`(\w+)`", options)) for group, options in rows if group in config_groups()}
     assert table == config_groups() | {"model": config_groups()["model"] - {"flextok"}}
@@ -260,6 +280,16 @@ def test_the_dictionary_holds_every_class_outside_the_layers():
     text = (REPOSITORY / "docs/names.md").read_text()
     classes = {name for name in ALLOWED_TARGETS if name.rsplit(".", 1)[1][0].isupper() and ".layers." not in name}
     assert {name for name in classes if f"`{name}`" not in text} == set()
+
+
+def test_the_table_of_faults_is_that_of_the_tests():
+    """As many as that: `pytest -m fault`."""
+    text = (REPOSITORY / "docs/resuming.md").read_text().partition("## What can go wrong")[2]
+    described = re.findall(r"^\| ([^|]+) \|[^|]+\|[^|]+\|$", text, flags=re.MULTILINE)[1:]
+    tests = [path.read_text() for path in (REPOSITORY / "tests").rglob("test_*.py")]
+    injected = {name for test in tests for name in re.findall(r'^@pytest\.mark\.fault\("(.+)"\)$', test, re.MULTILINE)}
+    assert sorted(described) == sorted(injected)
+    assert len(injected) >= 12
 
 
 # --- links, pictures, results -----------------------------------------------------------------------------------------

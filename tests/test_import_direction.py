@@ -42,7 +42,10 @@ AT_MODULE_LEVEL = {
     "sklearn": set(),
     "skimage": set(),
     "torchvision": set(),
+    "webdataset": set(),
     "transformers": {"fusion"},
+    "datasets": set(),
+    "litdata": set(),
 }
 # These parts may not import the library at all.
 NEVER = {"attention": {"diffusers", "lightning", "PIL"}, "fusion": {"diffusers", "lightning"}}

@@ -150,7 +150,7 @@ def _partners(blocks: _Blocks, some: tuple[Integers, Integers], every: tuple[Int
 def _ordered_lists(partners: Integers, device: torch.device) -> Lists:
     """Count and indices of the partial blocks, then of the full ones; only the `partners` travel to the device."""
     _, most_partial, _, most_full = partners.max(axis=1).tolist()
-    on_device = torch.from_numpy(partners.astype(np.int32)).to(device)
+    on_device = torch.from_numpy(partners.astype(np.int32)).to(device, non_blocking=True)
     first_met, num_partial, first_full, num_full = on_device[..., None].unbind()
 
     def write(width: int, count: Tensor, index_of: Callable[[Tensor], Tensor]) -> tuple[Tensor, Tensor]:

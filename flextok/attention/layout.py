@@ -125,7 +125,7 @@ class SequenceLayout:
             np.pad(place - np.repeat(starts, lengths), padding),
             np.pad(place < np.repeat(starts + before_last, lengths), padding),
         )
-        return TokenTable(*(torch.from_numpy(column).to(device) for column in columns))
+        return TokenTable(*(torch.from_numpy(column).to(device, non_blocking=True) for column in columns))
 
     def mask_mod(self, device: torch.device) -> MaskMod:
         """The mask as a FlexAttention `mask_mod` over positions of the packed row."""
@@ -133,7 +133,11 @@ class SequenceLayout:
 
     def rows_of(self, subsequences: Sequence[int], device: torch.device) -> Tensor:
         """int64: the places in the row of the tokens of some sub-sequences of every sample, ascending."""
-        return self.derive(f"rows of {subsequences}", device, lambda _: self._build_rows_of(subsequences).to(device))
+        return self.derive(
+            f"rows of {subsequences}",
+            device,
+            lambda _: self._build_rows_of(subsequences).to(device, non_blocking=True),
+        )
 
     def _build_rows_of(self, subsequences: Sequence[int]) -> Tensor:
         lengths = torch.tensor(self.lengths)
@@ -145,7 +149,9 @@ class SequenceLayout:
         """`[total]` to add to the scores of each key, log(count); None where every token is one."""
         if self.last_counts is None:
             return None
-        return self.derive(f"key_bias {dtype}", device, lambda device: self._build_key_bias().to(device, dtype))
+        return self.derive(
+            f"key_bias {dtype}", device, lambda device: self._build_key_bias().to(device, dtype, non_blocking=True)
+        )
 
     def _build_key_bias(self) -> Tensor:
         assert self.last_counts is not None

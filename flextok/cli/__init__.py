@@ -19,6 +19,7 @@ COMMANDS = {
     "describe": "print every module of a model: keys it reads and writes, parameters, shapes",
     "export": "write a trained model as model.safetensors and config.json",
     "latents": "encode a data set with the VAE once, so that training need not",
+    "prepare": "turn a folder of images or tar files into shards that training can stream",
     "show-mask": "show which tokens of a model attend to which, as text and as a picture",
 }
 

@@ -1,13 +1,7 @@
-"""Write a folder of latents, shard by shard, so that being killed costs at most one of them.
+"""Encode a data set shard by shard. In which batches samples are encoded depends on their positions alone."""
 
-Which samples a shard holds, and in which batches they are encoded, depends on their positions alone. A shard counts
-once it is in the index, and both are replaced in one step: what is there is always whole.
-"""
-
-import json
 import logging
 from collections.abc import Callable, Iterator, Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,9 +9,9 @@ from safetensors.torch import save_file
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from flextok.data.latent_shards import FORMAT, INDEX, check_shard_content, read_index, sha256_of, shard_tensors
+from flextok.cli.shard_folder import ShardFolder
+from flextok.data.latent_shards import shard_tensors
 from flextok.data.samples import ImageDataset
-from flextok.utils.checkpoint import atomic_path
 
 logger = logging.getLogger(__name__)
 
@@ -25,86 +19,29 @@ Encode = Callable[[Tensor, list[str], list[int]], Tensor]
 """Images `[batch, 3, height, width]`, their keys and variants to latents `[batch, c, h, w]`."""
 
 
-class LatentFolder:
-    """A folder that is being filled; one process may do so at a time.
-
-    Args:
-        settings: Everything the content depends on, in plain types. A folder that exists must have the same.
+def write_latents(
+    folder: ShardFolder, split_name: str, number: int, latents: Tensor, keys: list[list[str]], *, num_skipped: int
+) -> None:
+    """Write a shard and enter it into the index; `latents` are `[samples, variants, c, h, w]`.
 
     Raises:
-        ValueError: The folder holds something else, or latents of other settings.
+        ValueError: The shape is not that of the shards before.
     """
-
-    def __init__(self, path: Path, settings: dict[str, Any]) -> None:
-        self.path = path
-        settings = json.loads(json.dumps(settings))
-        if (path / INDEX).exists():
-            self.index = read_index(path)
-            _check_same(self.index["settings"], settings, path)
-        elif path.exists() and (not path.is_dir() or any(file.suffix != ".tmp" for file in path.iterdir())):
-            raise ValueError(f"OUT_DIR: {path} exists and holds no latents; give a new or an empty folder")
-        else:
-            self.index = {"format": FORMAT, "settings": settings, "shape": None, "splits": {}}
-        path.mkdir(parents=True, exist_ok=True)
-        for leftover in path.glob(".*.tmp"):  # of a process that was killed while it wrote
-            leftover.unlink()
-
-    def open_split(
-        self, name: str, dataset: ImageDataset, *, variants: int, shard_size: int
-    ) -> tuple[dict[str, Any], list[int]]:
-        """The entry of a split in the index, and the numbers of the shards that are missing or damaged.
-
-        Raises:
-            ValueError: The split was begun with another data set.
-        """
-        settings = {
-            "samples": len(dataset),
-            "fingerprint": dataset.fingerprint(),
-            "variants": variants,
-            "shard_size": shard_size,
-        }
-        split = self.index["splits"].setdefault(name, {**settings, "shards": []})
-        _check_same({key: split[key] for key in settings}, settings, self.path, prefix=f"split {name}: ")
-        damaged = []
-        for number, shard in enumerate(split["shards"]):
-            try:
-                check_shard_content(self.path, shard)
-            except ValueError as error:
-                logger.warning("%s", error)
-                damaged.append(number)
-        return split, damaged + list(range(len(split["shards"]), -(-len(dataset) // shard_size)))
-
-    def write_shard(
-        self, split_name: str, number: int, latents: Tensor, keys: list[list[str]], *, num_skipped: int
-    ) -> None:
-        """Write a shard and enter it into the index; `latents` are `[samples, variants, c, h, w]`.
-
-        Raises:
-            ValueError: The shape is not that of the shards before.
-        """
-        shape = list(latents.shape[2:])
-        if len(latents):
-            if self.index["shape"] not in (None, shape):
-                raise ValueError(f"the VAE made latents {shape} after {self.index['shape']}: all must be equal")
-            self.index["shape"] = shape
-        file = f"{split_name}-{number:06d}.safetensors"
-        with atomic_path(self.path / file) as temporary:
-            save_file(shard_tensors(latents, keys), temporary)
-            entry = {
-                "file": file,
-                "samples": len(latents),
-                "skipped": num_skipped,
-                "bytes": temporary.stat().st_size,
-                "sha256": sha256_of(temporary),
-            }
-        shards = self.index["splits"][split_name]["shards"]
-        shards[number : number + 1] = [entry]
-        with atomic_path(self.path / INDEX) as temporary:
-            temporary.write_text(json.dumps(self.index, indent=1) + "\n", encoding="utf-8")
+    shape = list(latents.shape[2:])
+    if len(latents) and folder.index.setdefault("shape", shape) != shape:
+        raise ValueError(f"the VAE made latents {shape} after {folder.index['shape']}: all must be equal")
+    folder.write_shard(
+        split_name,
+        number,
+        lambda path: save_file(shard_tensors(latents, keys), path),
+        suffix=".safetensors",
+        num_samples=len(latents),
+        num_skipped=num_skipped,
+    )
 
 
 def encode_split(
-    folder: LatentFolder,
+    folder: ShardFolder,
     name: str,
     dataset: ImageDataset,
     encode: Encode,
@@ -123,8 +60,13 @@ def encode_split(
     Raises:
         ValueError: Too many samples cannot be read, or the folder holds another data set.
     """
-    split, numbers = folder.open_split(name, dataset, variants=variants, shard_size=shard_size)
-    shards = {number: range(number * shard_size, min((number + 1) * shard_size, len(dataset))) for number in numbers}
+    split, shards = folder.open_split(
+        name,
+        samples=len(dataset),
+        fingerprint=dataset.fingerprint(),
+        variants=variants,
+        shard_size=shard_size,
+    )
     report(len(dataset) - sum(map(len, shards.values())))
     batches = [batch for positions in shards.values() for batch in _batches(positions, variants, batch_size)]
     loader = iter(
@@ -151,7 +93,8 @@ def encode_split(
             report(sum(variant == variants - 1 for _, variant in batch))
         whole = [entries for entries in encoded.values() if len(entries) == variants]
         stacked = [torch.stack([latent for _, latent in entries]) for entries in whole]
-        folder.write_shard(
+        write_latents(
+            folder,
             name,
             number,
             torch.stack(stacked) if stacked else torch.empty(0, variants, 0, 0, 0, dtype=dtype),
@@ -177,14 +120,3 @@ def _batches(positions: Sequence[int], variants: int, batch_size: int) -> Iterat
     """All variants of all positions, in batches that do not reach beyond the shard."""
     places = [(position, variant) for position in positions for variant in range(variants)]
     return (places[start : start + batch_size] for start in range(0, len(places), batch_size))
-
-
-def _check_same(stored: Any, asked: Any, folder: Path, *, prefix: str = "") -> None:
-    if isinstance(stored, dict) and isinstance(asked, dict):
-        for name in sorted(stored.keys() | asked.keys()):
-            _check_same(stored.get(name), asked.get(name), folder, prefix=f"{prefix}{name}.")
-    elif stored != asked:
-        raise ValueError(
-            f"OUT_DIR: {folder} holds latents made with {prefix.rstrip('.')}={stored!r}, not {asked!r}; valid: the "
-            "settings it was begun with, or another folder"
-        )

@@ -53,8 +53,10 @@ def _encode(args: argparse.Namespace) -> None:
     from omegaconf import OmegaConf
     from tqdm import tqdm
 
-    from flextok.cli.latent_writer import LatentFolder, encode_split
+    from flextok.cli.latent_writer import encode_split
+    from flextok.cli.shard_folder import ShardFolder
     from flextok.config import compose
+    from flextok.data.latent_shards import LATENTS
     from flextok.data.latents import LatentsDataModule
     from flextok.evaluation.run import pick_device
 
@@ -67,20 +69,20 @@ def _encode(args: argparse.Namespace) -> None:
     assert isinstance(data, dict)
     images = hydra.utils.instantiate(data, _convert_="all")
     if isinstance(images, LatentsDataModule):
-        raise ValueError("data=latents are latents already; valid: data=digits, data=photos, data=image_folder")
+        raise ValueError("data=latents are latents already; valid: images, such as data=image_folder")
     images.setup("predict")
     model = hydra.utils.instantiate(vae, _convert_="all")
     model.freeze()
     model.to(pick_device(args.device)).eval()
     settings: dict[str, Any] = {
-        "vae": vae,
+        "vae": {name: value for name, value in vae.items() if name != "in_memory"},
         "vae_weights": _fingerprint(model),
         "latent": latent,
         "data": {name: value for name, value in data.items() if name not in _SPEED_SETTINGS},
         "seed": config.seed,
         "dtype": args.dtype,
     }
-    folder = LatentFolder(args.out_dir, settings)
+    folder = ShardFolder(args.out_dir, settings, LATENTS, argument="OUT_DIR")
     for split in args.splits:
         dataset = images.datasets[split]
         with tqdm(total=len(dataset), desc=split, unit="image") as bar:

@@ -6,7 +6,7 @@ from typing import Any, Literal, TypeAlias
 import torch
 from lightning import LightningDataModule
 
-from flextok.data.loaders import EvalLoader, ResumableLoader
+from flextok.data.loaders import EvalLoader, ResumableLoader, outlive_signals
 from flextok.data.samplers import EvalSampler, TrainSampler, rank_and_world_size
 from flextok.data.samples import ImageDataset, collate
 
@@ -64,10 +64,11 @@ class ImageDataModule(LightningDataModule, ABC):
         """Build all three datasets, unless that is done; they are cheap until they are read."""
         if not self.datasets:
             self.datasets = self.make_datasets()
+        if stage not in (None, "fit"):
+            return  # Whoever only evaluates may do so on few images.
         num_images = len(self.datasets["train"])
         largest = num_images // rank_and_world_size()[1]
-        # Whoever only evaluates may do so on few images.
-        if stage in (None, "fit") and self.batch_size > largest:
+        if self.batch_size > largest:
             raise ValueError(
                 f"data.batch_size is {self.batch_size}, but the train set has only {num_images} "
                 f"images for all ranks together: it must be between 1 and {largest}"
@@ -107,6 +108,7 @@ class ImageDataModule(LightningDataModule, ABC):
             "collate_fn": collate,
             "num_workers": self.num_workers,
             "persistent_workers": self.num_workers > 0,
+            "worker_init_fn": outlive_signals,
             "pin_memory": torch.cuda.is_available(),
             # Without its own, a loader draws from torch's default generator each time an epoch starts.
             "generator": torch.Generator().manual_seed(self.seed),

@@ -1,7 +1,4 @@
-"""The folder of latents that `flextok latents` writes: an index, and shards of samples.
-
-`index.json` holds the settings the latents were made with and, per split, its shards with their checksums. A shard
-is a safetensors file that holds consecutive samples of a split:
+"""The shards that `flextok latents` writes beside their index: safetensors files of consecutive samples of a split.
 
 | tensor     | shape, type                                 | content                                            |
 | ---------- | ------------------------------------------- | -------------------------------------------------- |
@@ -10,10 +7,7 @@ is a safetensors file that holds consecutive samples of a split:
 | `key_ends` | `[samples * variants]` int64                | where each key ends                                |
 """
 
-import hashlib
-import json
 from bisect import bisect_right
-from collections.abc import Mapping
 from itertools import accumulate
 from pathlib import Path
 from typing import Any
@@ -23,11 +17,16 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from flextok.data.samples import ImageDataset, Index, LatentSample, epoch_and_number
+from flextok.data.shard_index import ShardKind, check_shard_size, damaged
 from flextok.seeding import mixed_seed
 
-INDEX = "index.json"
-FORMAT = "flextok latents 1"
-_READ_ERRORS = (SafetensorError, OSError, ValueError, KeyError, TypeError, RuntimeError)
+LATENTS = ShardKind(
+    format="flextok latents 1",
+    content="latents",
+    command="flextok latents",
+    otherwise="for images choose data=image_folder",
+)
+_READ_ERRORS = (SafetensorError, OSError, ValueError, KeyError, IndexError, TypeError, RuntimeError)
 
 
 class ShardedLatents(ImageDataset):
@@ -50,9 +49,9 @@ class ShardedLatents(ImageDataset):
         self.ends = list(accumulate(int(shard["samples"]) for shard in shards))
         self.num_variants = num_variants
         self.seed = seed
-        self._open_files: dict[str, Any] = {}
+        self._open_files: dict[str, dict[str, Tensor]] = {}
         for shard in shards:
-            check_shard_size(folder, shard)
+            check_shard_size(folder, shard, LATENTS)
 
     def __len__(self) -> int:
         return self.ends[-1] if self.ends else 0
@@ -71,16 +70,17 @@ class ShardedLatents(ImageDataset):
     def _read(self, name: str, row: int, variant: int) -> LatentSample:
         try:
             if name not in self._open_files:
-                self._open_files[name] = safe_open(self.folder / name, framework="pt")
-            file = self._open_files[name]
-            latents = file.get_slice("latents")[row : row + 1, variant : variant + 1][0, 0]
+                with safe_open(self.folder / name, framework="pt") as file:
+                    self._open_files[name] = {part: file.get_tensor(part) for part in ("latents", "keys", "key_ends")}
+            # Mapped, not read: the slices of `safe_open` would take ten times as long.
+            shard = self._open_files[name]
+            latents = shard["latents"][row, variant]
             place = row * self.num_variants + variant
-            ends = file.get_slice("key_ends")[max(0, place - 1) : place + 1].tolist()
-            start = ends[0] if place else 0
-            key = bytes(file.get_slice("keys")[start : ends[-1]].tolist())
+            start = int(shard["key_ends"][place - 1]) if place else 0
+            key = shard["keys"][start : int(shard["key_ends"][place])].numpy().tobytes()
             return {"latents": latents.float(), "key": key.decode("utf-8", "surrogateescape")}
         except _READ_ERRORS as error:
-            raise ValueError(_damaged(self.folder / name, str(error))) from error
+            raise ValueError(damaged(self.folder / name, str(error), LATENTS)) from error
 
 
 def shard_tensors(latents: Tensor, keys: list[list[str]]) -> dict[str, Tensor]:
@@ -91,61 +91,3 @@ def shard_tensors(latents: Tensor, keys: list[list[str]]) -> dict[str, Tensor]:
         "keys": torch.tensor(list(b"".join(texts)), dtype=torch.uint8),
         "key_ends": torch.tensor(list(accumulate(map(len, texts))), dtype=torch.int64),
     }
-
-
-def read_index(folder: Path) -> dict[str, Any]:
-    """The content of `index.json`.
-
-    Raises:
-        ValueError: The folder is missing, holds no latents, or its index is damaged.
-    """
-    path = folder / INDEX
-    if not path.is_file():
-        raise ValueError(
-            f"data.root={str(folder)!r} is no folder of latents: it has no {INDEX}; valid: a folder that "
-            "`flextok latents` wrote (for images choose data=image_folder)"
-        )
-    try:
-        index = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path} is damaged ({error}); make the latents again") from error
-    if not isinstance(index, dict) or index.get("format") != FORMAT:
-        raise ValueError(f"{path} is not of the format {FORMAT!r}; make the latents again")
-    return index
-
-
-def check_complete(split: Mapping[str, Any], name: str, folder: Path) -> None:
-    """Raise ValueError where the shards of a split are not all there yet."""
-    done = len(split["shards"])
-    expected = -(-split["samples"] // split["shard_size"])
-    if done < expected:
-        raise ValueError(
-            f"data.root={str(folder)!r}: split {name} has {done} of {expected} shards; run `flextok latents` again "
-            "with the same arguments, it goes on where it stopped"
-        )
-
-
-def check_shard_size(folder: Path, shard: Mapping[str, Any]) -> None:
-    """Raise ValueError where a shard is missing or does not have the size it was written with; reads nothing."""
-    path = folder / shard["file"]
-    if not path.is_file():
-        raise ValueError(_damaged(path, "the file is missing"))
-    if path.stat().st_size != shard["bytes"]:
-        raise ValueError(_damaged(path, f"{path.stat().st_size} bytes, written were {shard['bytes']}"))
-
-
-def check_shard_content(folder: Path, shard: Mapping[str, Any]) -> None:
-    """Raise ValueError where a shard is not, byte by byte, what was written; reads all of it."""
-    check_shard_size(folder, shard)
-    if sha256_of(folder / shard["file"]) != shard["sha256"]:
-        raise ValueError(_damaged(folder / shard["file"], "its checksum is wrong"))
-
-
-def sha256_of(path: Path) -> str:
-    """The checksum of a file, in hexadecimal digits."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _damaged(path: Path, what: str) -> str:
-    return f"{path} is damaged: {what}; run `flextok latents` again with the same arguments, it makes this shard anew"

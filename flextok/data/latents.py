@@ -5,8 +5,9 @@ from pathlib import Path
 from typing import Any
 
 from flextok.data.datamodule import ImageDataModule, Split
-from flextok.data.latent_shards import ShardedLatents, check_complete, check_shard_content, read_index
+from flextok.data.latent_shards import LATENTS, ShardedLatents
 from flextok.data.samples import ImageDataset, collate_latents
+from flextok.data.shard_index import check_complete, check_shard_content, read_index
 
 # Those of `latent` that say where a VAE is or how it was sampled, not in which space its latents are.
 _OTHER_SETTINGS = ("path", "sample_posterior")
@@ -53,7 +54,7 @@ class LatentsDataModule(ImageDataModule):
 
     def make_datasets(self) -> dict[Split, ImageDataset]:
         """Check index and sizes of all files; nothing is read yet, unless `verify` asks for it."""
-        index = read_index(self.root)
+        index = read_index(self.root, LATENTS)
         self._check_settings(index)
         datasets: dict[Split, ImageDataset] = {}
         for name in ("train", "val", "test"):
@@ -62,10 +63,10 @@ class LatentsDataModule(ImageDataModule):
                 if name == "test":
                     continue
                 raise ValueError(f"data.root={str(self.root)!r} has no split {name}; add it: flextok latents --splits")
-            check_complete(split, name, self.root)
+            check_complete(split, name, self.root, LATENTS)
             datasets[name] = ShardedLatents(self.root, split["shards"], num_variants=split["variants"], seed=self.seed)
             for shard in split["shards"] if self.verify else ():
-                check_shard_content(self.root, shard)
+                check_shard_content(self.root, shard, LATENTS)
         return datasets
 
     def _check_settings(self, index: Mapping[str, Any]) -> None:

@@ -3,6 +3,7 @@
 Neither adds an argument to `DataLoader`, because Lightning builds loaders anew from the arguments it knows.
 """
 
+import signal
 from collections.abc import Iterator
 from typing import Any
 
@@ -44,7 +45,7 @@ class ResumableLoader(DataLoader):
             yield batch
         sampler.set_epoch(epoch + 1)
 
-    def state_dict(self) -> dict[str, int]:
+    def state_dict(self) -> dict[str, Any]:
         """Where this loader is, counted in samples of all ranks, so that their number may change."""
         sampler = self.sampler
         if not isinstance(sampler, TrainSampler):
@@ -54,9 +55,10 @@ class ResumableLoader(DataLoader):
             "position": self._position * sampler.num_replicas,
             "seed": sampler.seed,
             "dataset_size": sampler.dataset_size,
+            "order_settings": sampler.images.order_settings,
         }
 
-    def load_state_dict(self, state: dict[str, int]) -> None:
+    def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on from `state`.
 
         Raises:
@@ -75,6 +77,12 @@ class ResumableLoader(DataLoader):
                 f"the train set has {sampler.dataset_size} images, but the run to resume had "
                 f"{state['dataset_size']}: resume with the same data, or start a new run from its weights"
             )
+        ours, theirs = sampler.images.order_settings, state.get("order_settings", "")
+        if ours != theirs:
+            raise ValueError(
+                f"the train set is shuffled with {ours or 'nothing but the seed'}, but that of the run to resume with "
+                f"{theirs or 'nothing but the seed'}: resume with the same, or start a new run from its weights"
+            )
         epoch, position = state["epoch"], state["position"] // sampler.num_replicas
         if position >= len(sampler):
             epoch, position = epoch + 1, 0
@@ -87,3 +95,15 @@ class EvalLoader(DataLoader):
 
     def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
         return (batch for batch in super().__iter__() if batch is not None)
+
+
+def outlive_signals(worker: int) -> None:
+    """Let the training process answer the signals that a cluster sends to all processes of a job; for DataLoader.
+
+    A worker that died of one would end training in the middle of a step. A worker ends with its training process.
+    """
+    from lightning.fabric.utilities.seed import pl_worker_init_function
+
+    for signum in (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2):
+        signal.signal(signum, signal.SIG_IGN)
+    pl_worker_init_function(worker)  # What Lightning would have put in this place.

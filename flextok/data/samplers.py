@@ -37,6 +37,7 @@ class TrainSampler(DistributedSampler):
     ) -> None:
         rank, world_size = rank_and_world_size()
         super().__init__(dataset, num_replicas=world_size, rank=rank, seed=seed)
+        self.images = dataset
         self.dataset_size = len(dataset)
         self.num_samples = self.dataset_size // (batch_size * world_size) * batch_size
         self.start = 0
@@ -54,7 +55,7 @@ class TrainSampler(DistributedSampler):
         epoch, start = self.current_epoch(), self.start
         self.start = 0
         generator = torch.Generator().manual_seed(mixed_seed("order", self.seed, epoch))
-        order = torch.randperm(self.dataset_size, generator=generator)
+        order = self.images.order(generator)
         mine = order[self.rank :: self.num_replicas][start : self.num_samples]
         return ((epoch, number) for number in mine.tolist())
 

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from typing import TypeAlias, TypedDict
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int64
 from torch import Tensor
 from torch.utils.data import Dataset
 
@@ -51,6 +51,13 @@ class ImageDataset(Dataset[Sample | LatentSample | None], ABC):
 
     @abstractmethod
     def __getitem__(self, index: Index) -> Sample | LatentSample | None: ...
+
+    # What shuffling depends on besides seed and epoch. A run can only be resumed with the same.
+    order_settings = ""
+
+    def order(self, generator: torch.Generator) -> Int64[Tensor, " count"]:
+        """All numbers, shuffled by the generator."""
+        return torch.randperm(len(self), generator=generator)
 
     def variant(self, number: int, variant: int) -> Sample | LatentSample | None:
         """One of any number of augmentations of a sample, always the same; `None` if it cannot be read.

@@ -2,7 +2,9 @@
 
 import struct
 import zlib
+from io import BytesIO
 from pathlib import Path
+from typing import TypeAlias
 
 import numpy as np
 import torch
@@ -26,21 +28,31 @@ DECODE_ERRORS = (
     Image.DecompressionBombWarning,
 )
 _FORMATS = ("JPEG", "PNG", "WEBP")
+# A file, its content, or an image that somebody has opened.
+Encoded: TypeAlias = Path | bytes | Image.Image
 
 
-def decode(path: Path) -> Image.Image:
+def decode(encoded: Encoded) -> Image.Image:
     """Read a JPEG, PNG or WebP as RGB, upright as its EXIF orientation says; the first frame of an animation.
 
     Raises:
-        One of `DECODE_ERRORS`: The file is not a complete image of one of these formats.
+        One of `DECODE_ERRORS`: This is not a complete image of one of these formats.
     """
-    with path.open("rb") as stream:
-        image: Image.Image = Image.open(stream, formats=_FORMATS)
-        image.load()
+    image = _load(encoded)
     # Only where needed: exif_transpose copies the image even if it is upright already.
     if image.getexif().get(ExifTags.Base.Orientation, 1) != 1:
         image = ImageOps.exif_transpose(image)
     return to_rgb(image)
+
+
+def _load(encoded: Encoded) -> Image.Image:
+    if isinstance(encoded, Image.Image):
+        encoded.load()
+        return encoded
+    with encoded.open("rb") if isinstance(encoded, Path) else BytesIO(encoded) as stream:
+        image = Image.open(stream, formats=_FORMATS)
+        image.load()
+    return image
 
 
 def to_rgb(image: Image.Image) -> Image.Image:

@@ -34,9 +34,9 @@ class ModelSource:
             return self.path.with_name(f"{self.path.stem}_evaluation")
         return (self.run_folder or self.path) / "evaluation"
 
-    @property
+    @cached_property  # A run that goes on replaces its newest, and what is whole takes reading all of it.
     def weights_file(self) -> Path:
-        """The file the weights are read from."""
+        """The file the weights are read from; of a run the newest that is whole."""
         if self.kind == "run":
             from flextok.training.checkpoints import checkpoint_of_run
 
@@ -60,6 +60,9 @@ class ModelSource:
             data = sanitize_hydra_config({"data": self.config.get("data")}, allowed=DATA_TARGETS)["data"]
             if not isinstance(data, dict) or "_target_" not in data:
                 raise ValueError("config, data: there is no data module")
+            # The webdataset library hands what follows to a shell.
+            if "pipe:" in str(data):
+                raise ValueError("config, data: a URL that begins with pipe: is a command, and is not run unasked")
         except ValueError as error:
             raise ValueError(f"{self.path}: {error}; or choose the data yourself, data=<group>") from error
         return data
@@ -115,11 +118,9 @@ def find_source(checkpoint: str, *, runs: Path) -> ModelSource:
 
 def latest_run(runs: Path) -> Path:
     """The run below `runs`, sweeps included, that holds the newest checkpoint of all."""
-    from flextok.training.checkpoints import checkpoints_in
     from flextok.training.run_folder import CHECKPOINTS, CONFIG
 
-    folders = [folder for folder in runs.glob(f"**/{CHECKPOINTS}") if (folder.parent / CONFIG).is_file()]
-    found = [path for folder in folders for path in checkpoints_in(folder)]
+    found = [path for path in runs.glob(f"**/{CHECKPOINTS}/*.ckpt") if (path.parents[1] / CONFIG).is_file()]
     if not found:
         raise ValueError(f"checkpoint=latest: no run with a checkpoint below {runs}; valid are {VALID}")
     return max(found, key=lambda path: path.stat().st_mtime).parents[1].resolve()

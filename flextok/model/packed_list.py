@@ -82,7 +82,8 @@ class PackedList(Sequence[Tensor]):
         """Row i of `[batch, width]`, shaped so that it broadcasts over all positions of sample i in `tensor`."""
         if self._shapes is None:
             return rows.view(rows.shape[0], *(1,) * (self.tensor.ndim - 2), rows.shape[-1])
-        return rows.repeat_interleave(torch.tensor(self.num_tokens, device=rows.device), dim=0)
+        repeats = torch.tensor(self.num_tokens).to(rows.device, non_blocking=True)
+        return rows.repeat_interleave(repeats, dim=0, output_size=sum(self.num_tokens))
 
     @overload
     def __getitem__(self, index: int) -> Tensor: ...

@@ -34,7 +34,7 @@ class RepeatedTail(PackedList):
             position = position.minimum((stored - 1).repeat_interleave(full))
             index = position + (stored.cumsum(0) - stored).repeat_interleave(full)
             width = self._tensor.shape[-1]
-            tokens = self._tensor.reshape(-1, width).index_select(0, index.to(self._tensor.device))
+            tokens = self._tensor.reshape(-1, width).index_select(0, index.to(self._tensor.device, non_blocking=True))
             self._full = tokens if self._shapes is not None else tokens.view(len(full), -1, width)
         return self._full
 

@@ -5,8 +5,9 @@ once: there rank 0 chooses the folder, and the others are told.
 """
 
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from datetime import timedelta
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from hydra.core.hydra_config import HydraConfig
@@ -45,11 +46,13 @@ def join_run_folder() -> list[str]:
     They are those that Lightning gives to the processes it starts: the folder, a log file of their own, no second
     copy of the config. Call it before Hydra makes a folder.
     """
-    if not _is_under_torchrun() or _rank() == 0:
+    if not _is_under_torchrun():
+        return _below_first_task_of_slurm()
+    if _rank() == 0:
         return []
     folder = _meeting_place().get(_key()).decode()
     quoted = folder.replace("\\", "\\\\").replace("'", "\\'")
-    return [f"hydra.run.dir='{quoted}'", f"hydra.job.name=train_rank_{_rank()}", "hydra.output_subdir=null"]
+    return [f"hydra.run.dir='{quoted}'", *_quietly(_rank())]
 
 
 def announce_run_folder() -> None:
@@ -62,15 +65,17 @@ def check_launch(trainer: "Trainer") -> None:
     """Refuse launches in which processes would not work together.
 
     Raises:
-        ValueError: a sweep with several processes per run, or a `torchrun` with more processes than the trainer uses.
+        ValueError: a sweep with several processes per run that no cluster starts, or a `torchrun` with more processes
+            than the trainer uses.
     """
     devices, nodes = trainer.num_devices, trainer.num_nodes
-    if devices * nodes > 1 and HydraConfig.initialized() and HydraConfig.get().mode == RunMode.MULTIRUN:
+    is_sweep = HydraConfig.initialized() and HydraConfig.get().mode == RunMode.MULTIRUN
+    if devices * nodes > 1 and is_sweep and not _is_task_of_slurm_launcher():
         # Each process would read the same command line and start the whole sweep.
         raise ValueError(
             f"trainer.devices={devices} with trainer.num_nodes={nodes} cannot be used in a sweep (-m), where every "
             "process would start all runs; valid: one command per run, such as a loop of the shell over its values, "
-            "or trainer.devices=1"
+            "hydra/launcher=slurm, which starts the processes of each run, or trainer.devices=1"
         )
     started = int(os.environ["WORLD_SIZE"]) if _is_under_torchrun() else devices * nodes
     if started != devices * nodes:
@@ -95,6 +100,21 @@ def check_one_folder(folder: str) -> None:
         )
 
 
+def check_one_start(checkpoint: Path | None) -> None:
+    """Refuse processes that would go on from different checkpoints; call it on every rank.
+
+    Raises:
+        ValueError: the ranks do not agree, as when the file system shows a new file to some machines later.
+    """
+    found = of_all_ranks(checkpoint)
+    if len(set(found)) > 1:
+        names = ", ".join(f"rank {rank}: {path}" for rank, path in enumerate(found))
+        raise ValueError(
+            f"the processes do not find the same checkpoint to go on from ({names}); valid: a file system that they "
+            "share; the same command again, once all of them see the newest file"
+        )
+
+
 def of_all_ranks(value: T) -> list[T]:
     """What every rank passes, in the order of ranks; call it on all of them. One entry without other processes."""
     import torch.distributed as dist
@@ -104,6 +124,25 @@ def of_all_ranks(value: T) -> list[T]:
     values = [value] * dist.get_world_size()
     dist.all_gather_object(values, value)
     return values
+
+
+def by_rank_zero(work: Callable[[], None]) -> None:
+    """Let rank 0 write something while the others wait, and fail on all of them if it cannot; call it on every rank.
+
+    Raises:
+        OSError, RuntimeError: what rank 0 met.
+    """
+    import torch.distributed as dist
+
+    failure: Exception | None = None
+    if dist.get_rank() == 0:
+        try:
+            work()
+        except (OSError, RuntimeError) as error:
+            failure = error
+    of_first = of_all_ranks(failure)[0]
+    if of_first is not None:
+        raise failure or of_first
 
 
 def sharded_like(stored: "Tensor", parameter: "Tensor") -> "Tensor":
@@ -138,12 +177,19 @@ def total_norm(gradients: "Sequence[Tensor]") -> "Tensor":
     return norm
 
 
-def clip_by_norm(gradients: "Sequence[Tensor]", limit: float) -> None:
-    """Scale gradients so that their `total_norm` is at most `limit`, as torch's `clip_grad_norm_` does."""
-    import torch
+def _quietly(rank: int) -> list[str]:
+    return [f"hydra.job.name=train_rank_{rank}", "hydra.output_subdir=null"]
 
-    scale = (limit / (total_norm(gradients) + 1e-6)).clamp(max=1.0)
-    torch._foreach_mul_([part_of(gradient) for gradient in gradients], scale)
+
+def _below_first_task_of_slurm() -> list[str]:
+    # srun starts all tasks with one command line, in which the user names the folder.
+    rank = int(os.environ.get("SLURM_PROCID", "0"))
+    return _quietly(rank) if rank > 0 else []
+
+
+def _is_task_of_slurm_launcher() -> bool:
+    # submitit says so in the jobs it submits: there each task calls the function of one run.
+    return os.environ.get("SUBMITIT_EXECUTOR") == "slurm"
 
 
 def _is_under_torchrun() -> bool:

@@ -8,6 +8,7 @@ from lightning import Callback, LightningModule, Trainer
 from torch import Tensor
 
 from flextok.training.distributed import part_of, sharded_like
+from flextok.training.progress import is_logged
 
 logger = logging.getLogger(__name__)
 
@@ -30,6 +31,7 @@ class ExponentialMovingAverage(Callback):
         self.warmup = warmup
         self.num_updates = 0
         self.shadow: dict[str, Tensor] = {}
+        self._trained: dict[str, Tensor] = {}
         self._raw: dict[str, Tensor] | None = None
         self._last_step = 0
 
@@ -40,6 +42,8 @@ class ExponentialMovingAverage(Callback):
         return min(self.decay, (1 + self.num_updates) / (10 + self.num_updates))
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        # Going through all modules in every step takes longer than averaging.
+        self._trained = {name: p for name, p in pl_module.named_parameters() if p.requires_grad}
         parameters = trainable(pl_module)
         if self.shadow:
             _check_same_parameters(self.shadow, parameters)
@@ -53,6 +57,8 @@ class ExponentialMovingAverage(Callback):
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
+        if trainer.global_step != self._last_step and is_logged(trainer):
+            pl_module.log("train/ema_decay", self.current_decay())
         self._catch_up(trainer, pl_module)
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -96,10 +102,9 @@ class ExponentialMovingAverage(Callback):
         if not self.shadow or trainer.global_step == self._last_step or self._raw is not None:
             return  # Nothing to average yet, or only a gradient was accumulated.
         self._last_step = trainer.global_step
-        parameters = trainable(pl_module)
         weight = 1 - self.current_decay()
-        values = [part_of(p).float() for p in parameters.values()]
-        torch._foreach_lerp_([part_of(self.shadow[name]) for name in parameters], values, weight)
+        values = [p.float() for p in self._trained.values()]
+        torch._foreach_lerp_([self.shadow[name] for name in self._trained], values, weight)
         self.num_updates += 1
 
     @torch.no_grad()

@@ -5,22 +5,21 @@ left together.
 """
 
 from collections.abc import Mapping, Sequence
-from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import torch
 from lightning.fabric.utilities.types import _PATH
-from lightning.pytorch.plugins import TorchCheckpointIO
 from lightning.pytorch.strategies import ModelParallelStrategy, Strategy
 from torch import Tensor
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor
 
 from flextok.model.trunks.transformers import trunk_blocks
+from flextok.training.checkpoint_files import beside, put_in_place, refusals_explained, remove
 from flextok.training.checkpoints import read_checkpoint
-from flextok.training.distributed import of_all_ranks, sharded_like
-from flextok.training.sharded_checkpoint import is_sharded_checkpoint, make_way, write_sharded
+from flextok.training.distributed import by_rank_zero, of_all_ranks, sharded_like
+from flextok.training.sharded_checkpoint import write_sharded
 
 # During these the weights outside of the blocks are whole.
 _FORWARDS = ("training_step", "validation_step", "call")
@@ -36,9 +35,9 @@ class ShardedStrategy(ModelParallelStrategy):
     # As of a run without shards. Nothing is gathered: the tensors in these are the parts.
     lightning_module_state_dict = Strategy.lightning_module_state_dict
     optimizer_state = Strategy.optimizer_state
-    lightning_restore_optimizer = True  # type: ignore[assignment]
+    lightning_restore_optimizer = True
     # The moving average has to be restored before it looks for one to start from.
-    restore_checkpoint_after_setup = False  # type: ignore[assignment]
+    restore_checkpoint_after_setup = False
 
     def setup_environment(self) -> None:
         # Only now is it known how many there are; Lightning's "auto" would share weights inside a machine alone.
@@ -85,7 +84,17 @@ class ShardedStrategy(ModelParallelStrategy):
             )
 
     def save_checkpoint(self, checkpoint: dict[str, Any], filepath: _PATH, storage_options: Any = None) -> None:
-        write_sharded(checkpoint, Path(filepath))
+        """Write a folder as `DurableCheckpointIO` writes a file, and with its errors; all processes call it."""
+        path = Path(filepath)
+        temporary = beside(path)
+        with refusals_explained(path, checkpoint):
+            by_rank_zero(lambda: remove(temporary))
+            try:
+                write_sharded(checkpoint, temporary)
+                by_rank_zero(lambda: put_in_place(temporary, path))
+            finally:
+                if self.is_global_zero:
+                    remove(temporary)
 
     def load_checkpoint(self, checkpoint_path: _PATH, weights_only: bool | None = None) -> dict[str, Any]:
         return read_checkpoint(Path(checkpoint_path), mesh=self.device_mesh["data_parallel"])
@@ -104,19 +113,6 @@ class ShardedStrategy(ModelParallelStrategy):
                 for number, values in state["state"].items()
             }
             optimizer.load_state_dict({**state, "state": of_parameters})
-
-
-class CheckpointFiles(TorchCheckpointIO):
-    """Checkpoints of a run that is not sharded: it may go on from a sharded one, and write where that was."""
-
-    def save_checkpoint(self, checkpoint: dict[str, Any], path: _PATH, storage_options: Any = None) -> None:
-        with make_way(Path(path)) if Path(path).is_dir() else nullcontext():
-            super().save_checkpoint(checkpoint, path, storage_options)
-
-    def load_checkpoint(self, path: _PATH, map_location: Any = "cpu", weights_only: bool | None = None) -> Any:
-        if is_sharded_checkpoint(Path(path)):
-            return read_checkpoint(Path(path))
-        return super().load_checkpoint(path, map_location, weights_only)
 
 
 def _as_part(value: Any, parameter: Tensor) -> Any:

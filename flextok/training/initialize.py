@@ -7,6 +7,7 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 from torch import nn
 
+from flextok.flextok_wrapper import FlexTok
 from flextok.training.checkpoints import check_same_weights
 from flextok.training.optim import belongs_to
 from flextok.utils.checkpoint import load_safetensors
@@ -60,8 +61,13 @@ def initialize_model(
 
 
 def load_weights(model: nn.Module, path: str, *, drop: Sequence[str] = (), fresh: Sequence[str] = ()) -> None:
-    """Load the weights of a file, all but some parts; what stays out is logged. See `initialize_model`."""
+    """Load the weights of a file, all but some parts; what stays out is logged. See `initialize_model`.
+
+    Those of its VAE are left out too where the model keeps none in memory.
+    """
     stored, own = load_safetensors(path, return_metadata=False), model.state_dict()
+    if isinstance(model, FlexTok) and not model.vae.in_memory:
+        stored = {name: tensor for name, tensor in stored.items() if not belongs_to(name, "vae")}
     dropped = _named(stored, drop, field="initialize.drop", of=f"init_from={path!r}")
     kept = _named(own, fresh, field="initialize.fresh", of="the model")
     both = sorted(set(dropped) & own.keys() - set(kept))

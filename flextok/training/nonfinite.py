@@ -1,6 +1,7 @@
 """Steps whose gradient is not finite: left out, and an end put to a run that makes nothing else."""
 
 import logging
+from collections import deque
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -8,8 +9,6 @@ import torch
 from lightning import Callback, LightningModule, Trainer
 from torch import Tensor
 from torch.optim import Optimizer
-
-from flextok.training.distributed import total_norm
 
 logger = logging.getLogger(__name__)
 
@@ -19,8 +18,9 @@ class NonFiniteGuard(Callback):
 
     Neither weights nor moments change in such a step; the learning rate goes on. When the run stops, the last batch is
     in `<folder>/nonfinite_step_<n>_rank_<r>.pt` (of accumulated batches the last), and weights are saved as after any
-    exception. With a fused optimizer the host does not wait for the gradient: it learns of a step when the next one
-    starts. `precision=16-mixed` has a loss scaler that does the leaving out; there this callback does nothing.
+    exception. With a fused optimizer the host does not wait for the gradient: on a GPU it learns of a step when the one
+    after the next starts, and ends the run then. `precision=16-mixed` has a loss scaler that does the leaving out;
+    there this callback does nothing.
     """
 
     def __init__(self, *, folder: str, max_in_a_row: int) -> None:
@@ -30,7 +30,7 @@ class NonFiniteGuard(Callback):
         self.folder = Path(folder)
         self.max_in_a_row = max_in_a_row
         self.in_a_row = 0
-        self._pending: _Pending | None = None
+        self._pending: deque[_Pending] = deque()
 
     def state_dict(self) -> dict[str, Any]:
         return {"in_a_row": self.in_a_row}
@@ -38,36 +38,39 @@ class NonFiniteGuard(Callback):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self.in_a_row = state_dict["in_a_row"]
 
-    def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
+    def on_before_optimizer_step(self, trainer: Trainer, pl_module: Any, optimizer: Optimizer) -> None:
         if trainer.precision == "16-mixed":
             return
-        gradients = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
-        is_bad = ~total_norm(gradients).isfinite()
-        if optimizer.defaults.get("fused"):
+        is_bad = ~pl_module.gradient_norm(optimizer).isfinite()
+        # Not `optimizer.defaults`: a resumed run goes on with the groups of its checkpoint.
+        if all(group.get("fused") for group in optimizer.param_groups):
             # What torch's loss scaler tells a fused optimizer: it looks at it on the device.
             optimizer.grad_scale, optimizer.found_inf = None, is_bad.float()  # type: ignore[attr-defined]
         elif is_bad:
             optimizer.zero_grad(set_to_none=True)  # Parameters without a gradient are not touched.
-        self._pending = _Pending.of(trainer.global_step, is_bad)
+        self._pending.append(_Pending.of(trainer.global_step, is_bad))
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        if self._pending is not None and self._pending.batch is None:
-            self._pending = self._pending._replace(batch=batch)
-            if self._pending.event is None:
+        if self._pending and self._pending[-1].batch is None:
+            self._pending[-1] = self._pending[-1]._replace(batch=batch)
+            if self._pending[-1].event is None:
                 self._judge(trainer)
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        self._judge(trainer)
+        # The last step is left for the next time: to wait for it would leave the GPU without work. Not "whatever is
+        # known by now", which may differ between ranks: all of them have to stop at one step.
+        while len(self._pending) > 1:
+            self._judge(trainer)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._judge(trainer)
+        while self._pending:
+            self._judge(trainer)
 
     def _judge(self, trainer: Trainer) -> None:
-        pending, self._pending = self._pending, None
-        if pending is None:
-            return
+        """The oldest step of which the verdict is not known."""
+        pending = self._pending.popleft()
         if pending.event is not None:
             pending.event.synchronize()
         if not pending.is_bad:

@@ -1,6 +1,7 @@
 """What training minimises: the squared error of the predicted velocity, and terms beside it."""
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -10,6 +11,19 @@ from flextok.flow_matching.path import target_velocity
 from flextok.model.data_dict import DataDict
 from flextok.model.packed_list import PackedList
 from flextok.training.repa import RepaTerm
+
+PASSES_KEY = "flow_passes"
+
+
+class FlowPass(NamedTuple):
+    """What one pass of the decoder left of each sample; nobody waits for the device."""
+
+    errors: Tensor
+    """`[batch]` float32 on the device, without gradient: mean squared error of the velocity."""
+    times: Tensor
+    """`[batch]` on the device: 1 is noise."""
+    kept: Tensor
+    """`[batch]` int64 on the host: how many tokens the decoder saw, 0 where it saw the null condition."""
 
 
 class RectifiedFlowObjective(nn.Module):
@@ -38,6 +52,8 @@ class RectifiedFlowObjective(nn.Module):
     def forward(self, model: FlexTok, data: DataDict) -> dict[str, Tensor]:
         """Run one training forward; beside `total` come its parts, if there are several.
 
+        Under `PASSES_KEY` it writes a list with a `FlowPass` for each pass into `data`.
+
         Raises ValueError if the model cannot decode at full length but is asked to.
         """
         encoded = model.encode(data)
@@ -48,7 +64,12 @@ class RectifiedFlowObjective(nn.Module):
             passes["prefix"] = self.prefix_weight, _decode(model, encoded)
         weights = [weight / sum(weight for weight, _ in passes.values()) for weight, _ in passes.values()]
         noise_key = model.flow_matching_noise_module.noise_write_key
-        flows = [velocity_errors(model, decoded, decoded[noise_key]).mean() for _, decoded in passes.values()]
+        errors = [velocity_errors(model, decoded, decoded[noise_key]) for _, decoded in passes.values()]
+        data[PASSES_KEY] = [
+            _flow_pass(model, decoded, per_sample)
+            for per_sample, (_, decoded) in zip(errors, passes.values(), strict=True)
+        ]
+        flows = [per_sample.mean() for per_sample in errors]
         total = _weighted(weights, flows)
         losses = {f"flow_{name}": flow for name, flow in zip(passes, flows, strict=True)}
         if self.repa is not None:
@@ -76,6 +97,17 @@ def per_sample_mse(predicted: Sequence[Tensor], noise: Sequence[Tensor], clean: 
 
 def _decode(model: FlexTok, encoded: DataDict) -> DataDict:
     return model.decoder(model.flow_matching_noise_module(encoded))
+
+
+def _flow_pass(model: FlexTok, decoded: DataDict, errors: Tensor) -> FlowPass:
+    """A null condition that a module drew for itself, not a `DropoutSampler`, cannot be told from the others."""
+    num_tokens = PackedList.pack(decoded[model.quants_write_key]).num_tokens
+    modules = model.decoder.module_dict
+    keep_ks = decoded.get(modules["dec_nested_dropout"].train_keep_k_write_key, num_tokens)
+    null_keys = [getattr(module, "sampled_null_read_key", None) for module in modules.values()]
+    null = next((decoded[key] for key in null_keys if key in decoded), [False] * len(num_tokens))
+    kept = [0 if hidden else min(k, n) for hidden, k, n in zip(null, keep_ks, num_tokens, strict=True)]
+    return FlowPass(errors.detach(), decoded[model.flow_matching_noise_module.timesteps_write_key], torch.tensor(kept))
 
 
 def _weighted(weights: Sequence[float], losses: Sequence[Tensor] | Tensor) -> Tensor:

@@ -65,7 +65,7 @@ def parameter_groups(
 
     The first two groups learn at the rate of the optimizer; two more follow for each entry of `lr_scales`, from the
     name of a part (`encoder`, `decoder.module_dict.dec_from_latents`, `objective`) to a factor on `lr`. The longest
-    name that fits a parameter counts.
+    name that fits a parameter counts. The name is in the group, as `part`, for whoever logs its learning rate.
 
     Raises ValueError for a factor that is not positive, and for a part of which nothing is trained.
     """
@@ -77,8 +77,10 @@ def parameter_groups(
             "(initialize.freeze keeps a part as it is)"
         )
     groups: dict[str, list[dict[str, Any]]] = {}
+    options: dict[str, Any]
     for part in ("", *lr_scales):
-        options = {"lr": lr * lr_scales[part]} if part and lr is not None else {}
+        options = {"part": part} if part else {}
+        options |= {"lr": lr * lr_scales[part]} if part and lr is not None else {}
         groups[part] = [{"params": [], "weight_decay": decay, **options} for decay in (weight_decay, 0.0)]
     for name, parameter in named_parameters:
         if parameter.requires_grad:

@@ -1,5 +1,6 @@
 """Reconstructions of a few validation images at several numbers of tokens, drawn at each validation."""
 
+import logging
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,8 @@ from flextok.pictures import image_grid, save_image
 from flextok.reconstruct import Encoded, decode_latents, decode_tokens
 from flextok.training.fsdp import ShardedStrategy
 from flextok.training.validation import encode_batch
+
+log = logging.getLogger(__name__)  # `logger` is what numbers and pictures go to.
 
 
 class ReconstructionPictures(Callback):
@@ -80,7 +83,11 @@ class ReconstructionPictures(Callback):
         if not rows or not trainer.is_global_zero:
             return
         grid = image_grid(rows)
-        save_image(grid, self.folder / f"step_{trainer.global_step:06d}.png")
+        path = self.folder / f"step_{trainer.global_step:06d}.png"
+        try:
+            save_image(grid, path)
+        except OSError as error:  # No reason to end days of training; a checkpoint that cannot be written is.
+            log.warning("%s is left out, it cannot be written: %s", path, error)
         picture = np.asarray(grid)
         for logger in trainer.loggers:
             if isinstance(logger, TensorBoardLogger):
@@ -92,10 +99,11 @@ class ReconstructionPictures(Callback):
         """What the picture shows from top to bottom: a label and `[images, 3, height, width]` for each row."""
         keep_ks = self.keep_ks or default_keep_ks(model.num_registers)
         encoded = encode_batch(model, batch, seed=self.seed)
-        rows = reconstructions(model, encoded, keep_ks=keep_ks, seed=self.seed, **self.decode_options)
+        with model.vae.loaded(encoded.device):
+            first = {"original": batch["image"]} if "image" in batch else {"latents": decode_latents(model, encoded)}
+            rows = reconstructions(model, encoded, keep_ks=keep_ks, seed=self.seed, **self.decode_options)
         labels = [f"{keep_k} of {model.num_registers}" for keep_k in keep_ks]
-        first = {"original": batch["image"]} if "image" in batch else {"latents": decode_latents(model, encoded)}
-        return {**first, **dict(zip(labels, rows, strict=True))}
+        return first | dict(zip(labels, rows, strict=True))
 
 
 def reconstructions(

@@ -1,9 +1,8 @@
-"""How a person sees that training moves: a bar on a terminal, log lines elsewhere; and how fast it moves."""
+"""How a person sees that training moves: a bar on a terminal, log lines elsewhere."""
 
 import logging
 import sys
 from importlib.util import find_spec
-from time import perf_counter
 from typing import Any
 
 from lightning import Callback, LightningModule, Trainer
@@ -29,41 +28,6 @@ class ProgressLines(Callback):
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if trainer.is_global_zero and not trainer.sanity_checking:
             logger.info("validation at step %d: %s", trainer.global_step, _format(trainer, "val/"))
-
-
-class TrainingPace(Callback):
-    """Logs `train/images_per_second` over all ranks and `train/steps_per_second`.
-
-    They are taken from one logged step to the next: over such a stretch the clock of the host is right for a
-    GPU too, without waiting for it.
-    """
-
-    def __init__(self) -> None:
-        self._start: tuple[float, int] | None = None
-
-    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._start = None
-
-    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._start = None  # The stretch would count the time of validation.
-
-    def on_train_batch_end(
-        self,
-        trainer: Trainer,
-        pl_module: LightningModule,
-        outputs: Any,
-        batch: dict[str, Any],
-        batch_idx: int,
-    ) -> None:
-        now, step = perf_counter(), trainer.global_step
-        if self._start is None:
-            self._start = (now, step)
-        elif is_logged(trainer) and step > self._start[1]:
-            steps_per_second = (step - self._start[1]) / (now - self._start[0])
-            images = len(batch["key"]) * trainer.accumulate_grad_batches * trainer.world_size
-            pl_module.log("train/steps_per_second", steps_per_second)
-            pl_module.log("train/images_per_second", steps_per_second * images)
-            self._start = (now, step)
 
 
 def is_logged(trainer: Trainer) -> bool:

@@ -2,6 +2,8 @@
 
 import logging
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,16 +14,17 @@ from hydra.errors import InstantiationException
 from lightning import Callback, LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.callbacks import Checkpoint, ProgressBar
 from lightning.pytorch.utilities import rank_zero_only
-from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.utilities.exceptions import MisconfigurationException, SIGTERMException
 from omegaconf import DictConfig, OmegaConf
 
 from flextok.model.trunks.transformers import compile_blocks, set_attention_backend
-from flextok.training.checkpoints import check_same_weights, checkpoint_of_run, read_checkpoint
-from flextok.training.distributed import check_launch, check_one_folder
-from flextok.training.ema import CHECKPOINT_KEY, ExponentialMovingAverage
-from flextok.training.fsdp import CheckpointFiles
+from flextok.training.checkpoint_files import DurableCheckpointIO
+from flextok.training.distributed import check_launch, check_one_folder, check_one_start
 from flextok.training.initialize import initialize_from
+from flextok.training.loggers import wandb_id
+from flextok.training.preemption import StopOnSignal
 from flextok.training.random_states import RandomStates
+from flextok.training.resume import AUTO, check_resume, checkpoint_to_resume
 from flextok.training.run_folder import write_run_record
 from flextok.training.tokenizer_module import TokenizerModule
 
@@ -35,16 +38,23 @@ class TrainingRun:
     trainer: Trainer
     module: TokenizerModule
     data: LightningDataModule
+    resume_from: Path | None
+    stop: StopOnSignal
 
 
 class OneFolder(Callback):
-    """Stops a run whose processes would write into different folders, as soon as they can ask each other."""
+    """Stops a run whose processes would write into different folders, as soon as they can ask each other.
 
-    def __init__(self, folder: str) -> None:
+    Or would go on from different checkpoints: some may not see yet what `ckpt_path=auto` finds.
+    """
+
+    def __init__(self, folder: str, resume_from: Path | None) -> None:
         self.folder = folder
+        self.resume_from = resume_from
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         check_one_folder(self.folder)
+        check_one_start(self.resume_from)
 
 
 def run(cfg: DictConfig) -> dict[str, float]:
@@ -55,20 +65,42 @@ def run(cfg: DictConfig) -> dict[str, float]:
     is left to rank 0.
     """
     _calm_lightning()
-    resume_from = None if cfg.ckpt_path is None else checkpoint_of_run(cfg.ckpt_path)
     training = build(cfg)
-    if not training.trainer.is_global_zero:
+    trainer, resume_from = training.trainer, training.resume_from
+    if not trainer.is_global_zero:
         logging.getLogger().setLevel(logging.WARNING)  # Once is enough to read that things go well.
-    if resume_from is not None:
-        _check_resume(cfg, resume_from, training.module)
-    rank_zero_only(write_run_record)(Path(cfg.paths.run), cfg)
-    training.trainer.fit(training.module, datamodule=training.data, ckpt_path=resume_from, weights_only=True)
-    return {name: float(value) for name, value in training.trainer.callback_metrics.items()}
+    if resume_from is None and cfg.ckpt_path == AUTO:
+        logger.info("ckpt_path=auto: %s holds no checkpoint, so a new run starts", cfg.paths.run)
+    rank_zero_only(write_run_record)(Path(cfg.paths.run), cfg, wandb_id=wandb_id(trainer.loggers))
+    try:
+        with training.stop.listening(), _explained_deaths(cfg):
+            trainer.fit(training.module, datamodule=training.data, ckpt_path=resume_from, weights_only=True)
+    except SIGTERMException:
+        training.stop.leave(trainer, cfg.paths.run)
+    return {name: float(value) for name, value in trainer.callback_metrics.items()}
+
+
+@contextmanager
+def _explained_deaths(cfg: DictConfig) -> Iterator[None]:
+    """Turn torch's words about a data worker that is gone into what to do about it."""
+    try:
+        yield
+    except RuntimeError as error:
+        if "DataLoader worker (pid" not in str(error):
+            raise
+        raise ValueError(
+            f"a data worker died ({' '.join(str(error).split())}), often for lack of memory: try fewer "
+            f"data.num_workers or a smaller data.batch_size, and continue with ckpt_path={cfg.paths.run}"
+        ) from error
 
 
 def build(cfg: DictConfig) -> TrainingRun:
-    """Assemble model, data and trainer; writes nothing."""
-    trainer = _build_trainer(cfg)  # First: a missing accelerator is found before a large model is built.
+    """Assemble model, data and trainer, and see to it that they fit a run to be continued; writes nothing."""
+    resume_from, checkpoint = checkpoint_to_resume(cfg.ckpt_path, Path(cfg.paths.run)) or (None, {})
+    # Not part of the config: without them a resumed run would silently not be exact.
+    stop = StopOnSignal()
+    own = [stop, OneFolder(cfg.paths.run, resume_from), RandomStates(cfg.seed)]
+    trainer = _build_trainer(cfg, own)  # First: a missing accelerator is found before a large model is built.
     check_launch(trainer)
     lightning.seed_everything(cfg.seed, workers=True)
     model = _instantiate(cfg.model)
@@ -86,7 +118,10 @@ def build(cfg: DictConfig) -> TrainingRun:
     )
     # Plain containers: a DictConfig in a checkpoint does not load with `weights_only=True`.
     module.save_hyperparameters(OmegaConf.to_container(cfg, resolve=True))
-    return TrainingRun(trainer=trainer, module=module, data=_instantiate(cfg.data))
+    if resume_from is not None:
+        check_resume(cfg, resume_from, checkpoint, module)
+    data = _instantiate(cfg.data)
+    return TrainingRun(trainer=trainer, module=module, data=data, resume_from=resume_from, stop=stop)
 
 
 def _calm_lightning() -> None:
@@ -105,20 +140,20 @@ def _is_no_advertisement(record: logging.LogRecord) -> bool:
     return "installing [litlogger]" not in record.getMessage()
 
 
-def _build_trainer(cfg: DictConfig) -> Trainer:
+def _build_trainer(cfg: DictConfig, own: list[Callback]) -> Trainer:
     callbacks: list[Callback] = _instantiate_all(cfg.callbacks)
     try:
-        return _instantiate(
+        trainer: Trainer = _instantiate(
             cfg.trainer,
-            # Not part of the config: without it a resumed run would silently not be exact.
-            callbacks=[OneFolder(cfg.paths.run), RandomStates(cfg.seed), *callbacks],
-            plugins=[CheckpointFiles()],
+            callbacks=[*own, *callbacks],
             logger=_instantiate_all(cfg.logger) or False,
             default_root_dir=cfg.paths.run,
             # False must be said: otherwise Lightning adds a bar of its own, in log files too, and checkpoints.
             enable_progress_bar=any(isinstance(callback, ProgressBar) for callback in callbacks),
             enable_checkpointing=any(isinstance(callback, Checkpoint) for callback in callbacks),
         )
+        trainer.strategy.checkpoint_io = DurableCheckpointIO()
+        return trainer
     except InstantiationException as error:
         if not isinstance(error.__cause__, MisconfigurationException | ValueError | ImportError):
             raise
@@ -142,47 +177,3 @@ def _instantiate_all(nodes: DictConfig | None) -> list[Any]:
 
 def _is_chosen(node: DictConfig | None) -> bool:
     return node is not None and node.get("_target_") is not None
-
-
-def _check_resume(cfg: DictConfig, resume_from: Path, module: TokenizerModule) -> None:
-    """Refuse another model, and say how else the run differs: a forgotten override must not be silent.
-
-    Raises:
-        ValueError: the file holds no training checkpoint, or one of another model.
-    """
-    checkpoint = read_checkpoint(resume_from, values=False)
-    if "state_dict" not in checkpoint or "loops" not in checkpoint:
-        raise ValueError(f"ckpt_path={str(resume_from)!r} is no training checkpoint; for weights use init_from")
-    valid = "the overrides of the run that is continued"
-    source = f"ckpt_path={str(resume_from)!r}"
-    check_same_weights(checkpoint["state_dict"], module.state_dict(), source=source, valid=valid)
-    rank_zero_only(_report_changes)(cfg, resume_from, checkpoint)
-
-
-def _report_changes(cfg: DictConfig, resume_from: Path, checkpoint: dict[str, Any]) -> None:
-    logger.info("continuing from %s at step %d", resume_from, checkpoint["global_step"])
-    if checkpoint["global_step"] >= cfg.trainer.max_steps:
-        logger.warning("nothing is left to do: trainer.max_steps=%d", cfg.trainer.max_steps)
-    old = _flatten(checkpoint.get("hyper_parameters", {}))
-    new = _flatten(OmegaConf.to_container(cfg, resolve=True))
-    for name in sorted(old.keys() | new.keys()):
-        group = name.partition(".")[0]
-        if group in ("paths", "ckpt_path", "callbacks", "logger", "experiment_name"):
-            continue
-        if old.get(name) != new.get(name):
-            logger.warning("%s was %r, is now %r", name, old.get(name), new.get(name))
-    has_ema = any(
-        _is_chosen(node) and node["_target_"].endswith(ExponentialMovingAverage.__name__)
-        for node in (cfg.callbacks or {}).values()
-    )
-    if CHECKPOINT_KEY in checkpoint and not has_ema:
-        logger.warning("the checkpoint holds an EMA, this run keeps none: only its raw weights go on")
-
-
-def _flatten(node: Any, prefix: str = "") -> dict[str, Any]:
-    if not isinstance(node, dict):
-        return {prefix: node}
-    flat: dict[str, Any] = {}
-    for key, value in node.items():
-        flat |= _flatten(value, f"{prefix}.{key}" if prefix else str(key))
-    return flat

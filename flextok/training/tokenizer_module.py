@@ -10,8 +10,9 @@ from torch.optim import Optimizer
 from flextok.flextok_wrapper import FlexTok
 from flextok.model.data_dict import RNG_KEY, DataDict
 from flextok.model.keep_k import default_keep_ks
-from flextok.training.distributed import clip_by_norm, total_norm
+from flextok.training.distributed import total_norm
 from flextok.training.fsdp import ShardedStrategy
+from flextok.training.objective import PASSES_KEY
 from flextok.training.progress import log_interval
 from flextok.training.randomness import training_generator
 from flextok.training.validation import encode_batch, flow_losses, model_inputs
@@ -46,6 +47,9 @@ class TokenizerModule(LightningModule):
         self.seed = seed
         self.keep_ks = list(keep_ks) if keep_ks is not None else default_keep_ks(model.num_registers)
         self.num_sigmas = num_sigmas
+        self.observed: DataDict = {}
+        """What the last training step left for callbacks: `PASSES_KEY`, if the objective writes it, and the tokens."""
+        self._gradient_norm: Tensor | None = None
 
     def configure_model(self) -> None:
         if isinstance(self.trainer.strategy, ShardedStrategy):
@@ -58,7 +62,9 @@ class TokenizerModule(LightningModule):
             micro_batch=batch_idx % self.trainer.accumulate_grad_batches,
             rank=self.global_rank,
         )
-        losses = self.objective(self.model, {**model_inputs(self.model, batch), RNG_KEY: rng})
+        data = {**model_inputs(self.model, batch), RNG_KEY: rng}
+        losses = self.objective(self.model, data)
+        self.observed = {key: data[key] for key in (PASSES_KEY, self.model.token_write_key) if key in data}
         names = {"total": "train/loss"}
         self.log_dict({names.get(name, f"train/{name}"): loss.detach() for name, loss in losses.items()})
         return losses["total"]
@@ -80,21 +86,40 @@ class TokenizerModule(LightningModule):
         """What a function that uses the model returns; where weights are sharded, all processes have to call it."""
         return function(*args, **options)
 
+    def on_after_backward(self) -> None:
+        self._gradient_norm = None
+
+    def gradient_norm(self, optimizer: Optimizer) -> Tensor:
+        """The norm over all gradients before clipping, a scalar on their device; computed once in a step."""
+        if self._gradient_norm is None:
+            parameters = _parameters(optimizer)
+            self._gradient_norm = total_norm([p.grad for p in parameters if p.grad is not None])
+        return self._gradient_norm
+
     def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
         # The loggers look at these numbers after the step, when it has been counted.
         if (self.trainer.global_step + 1) % log_interval(self.trainer) == 0:
-            gradients = [p.grad for p in self.parameters() if p.grad is not None]
-            self.log("train/grad_norm", total_norm(gradients))
+            self.log("train/grad_norm", self.gradient_norm(optimizer))
             self.log("train/lr", optimizer.param_groups[0]["lr"])
+            parts = {group["part"]: group["lr"] for group in optimizer.param_groups if "part" in group}
+            self.log_dict({f"train/lr/{part}": lr for part, lr in parts.items()})
 
     def configure_gradient_clipping(
-        self, optimizer: Optimizer, gradient_clip_val: float | None = None, gradient_clip_algorithm: str | None = None
+        self,
+        optimizer: Optimizer,
+        gradient_clip_val: float | None = None,
+        gradient_clip_algorithm: str | None = None,
     ) -> None:
-        is_sharded = isinstance(self.trainer.strategy, ShardedStrategy)
-        if is_sharded and gradient_clip_val and gradient_clip_algorithm != "value":
-            clip_by_norm([p.grad for p in self.parameters() if p.grad is not None], gradient_clip_val)
+        """Clip by the norm that is known already; Lightning would compute it again, and refuses fused optimizers."""
+        if gradient_clip_val and gradient_clip_algorithm in (None, "norm"):
+            norm = self.gradient_norm(optimizer)
+            torch.nn.utils.clip_grads_with_norm_(_parameters(optimizer), gradient_clip_val, norm)
         else:
             self.clip_gradients(optimizer, gradient_clip_val, gradient_clip_algorithm)
 
     def configure_optimizers(self) -> Any:
         return self.make_optimizer(self)
+
+
+def _parameters(optimizer: Optimizer) -> list[Tensor]:
+    return [parameter for group in optimizer.param_groups for parameter in group["params"]]

@@ -137,7 +137,10 @@ def save_safetensors(
 
 @contextmanager
 def atomic_path(path: PathLike) -> Iterator[Path]:
-    """A temporary path in the same folder, which replaces `path` if and only if the block succeeds."""
+    """A temporary path in the same folder, which replaces `path` if and only if the block succeeds.
+
+    Its content is on the disk before it has its name: a machine that loses power leaves the old file or the new one.
+    """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
@@ -147,6 +150,8 @@ def atomic_path(path: PathLike) -> Iterator[Path]:
         yield temporary
         # safetensors makes files that only their owner can read; a new file has the rights that the user's umask gives.
         temporary.chmod(mode)
+        with temporary.open("rb") as file:
+            os.fsync(file.fileno())
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)

@@ -70,8 +70,11 @@ ALLOWED_TARGETS = frozenset(
 DATA_TARGETS = frozenset(
     (
         "flextok.data.digits.DigitsDataModule",
+        "flextok.data.hf.HuggingFaceDataModule",
         "flextok.data.image_folder.ImageFolderDataModule",
         "flextok.data.photos.PhotosDataModule",
+        "flextok.data.streaming.StreamingDataModule",
+        "flextok.data.webdataset.WebDatasetDataModule",
     )
 )
 

@@ -33,6 +33,7 @@ _OUR_FIELDS = {
     "flextok.model.preprocessors.token_dropout.MaskedNestedDropout": ("sampled_keep_k_read_key",),
     "flextok.flow_matching.noise_modules.MinRFNoiseModule": ("timestep_shift",),
     "flextok.model.trunks.transformers.FlexTransformer": ("output_subsequences",),
+    "flextok.vae_wrapper.StableDiffusionVAE": ("in_memory",),
 }
 
 

@@ -1,19 +1,30 @@
 """Every command runs and writes what it promises; how fast anything is, is not judged here."""
 
 import json
+from dataclasses import replace
 
 import pytest
+import torch
+from PIL import Image
 
 from benchmarks import (
     attention_backends,
+    data_loading,
     decoding,
     flops,
     operator_calls,
+    sample_data,
     start_up,
+    training_loop,
     training_step,
     workloads,
 )
+from benchmarks.bare_loop import Stopwatch
 from benchmarks.candidates import CANDIDATES, YARDSTICKS
+from flextok.data.digits import Digits
+from flextok.data.loaders import ResumableLoader
+from flextok.data.samplers import TrainSampler
+from flextok.data.samples import collate
 from tests.benchmarks.support import MINIATURE
 
 
@@ -92,3 +103,82 @@ def test_start_up(run, monkeypatch):
     (row,) = run(start_up, "--repeats", 1)["rows"]
     assert row["median_seconds"] > 0
     assert row["loads"] == []
+
+
+def test_data_loading(run, monkeypatch):
+    monkeypatch.setattr(data_loading, "WORKERS", (0, 1))
+    monkeypatch.setattr(data_loading, "BATCH", 4)
+    monkeypatch.setattr(sample_data, "NUM_FILES", 16)
+    content = run(data_loading, "--repeats", 1, "--images", 16)
+    rows = {(row["data"], row["workers"]): row for row in content["rows"]}
+    assert set(rows) == {(name, workers) for name in data_loading.SOURCES for workers in (0, 1)}
+    for row in rows.values():
+        assert row["images_per_second"] == 16 / row["seconds"][0]
+        assert row["images_per_second_per_core"] == row["images_per_second"]
+    samples = {name: row["sample"] for (name, _), row in rows.items()}
+    assert samples["image_folder"] == "image 3x256x256"
+    assert samples["latents"] == "latents 16x32x32"
+
+
+def test_data_loading_takes_images_of_ones_own(run, monkeypatch, tmp_path):
+    monkeypatch.setattr(data_loading, "WORKERS", (0,))
+    monkeypatch.setattr(data_loading, "BATCH", 1)
+    monkeypatch.setitem(data_loading.SOURCES, "image_folder", None)  # Nothing is made.
+    for number in range(8):
+        Image.new("RGB", (40, 30), (number, 0, 0)).save(tmp_path / f"{number}.png")
+    content = run(data_loading, "--repeats", 1, "--images", 2, "--data", "image_folder", "--root", tmp_path)
+    assert content["own_images"]
+    assert str(tmp_path) not in json.dumps(content)
+
+
+SMALL_LOOP = replace(
+    training_loop.WORKLOADS["digits"],
+    overrides=(
+        *(
+            "model=tiny",
+            "data.batch_size=8",
+            "size.encoder_depth=1",
+            "size.decoder_depth=1",
+            "trainer.log_every_n_steps=2",
+        ),
+        *("size.encoder_width=32", "size.decoder_width=32", "optimizer.warmup_steps=1", "latent.channels=1"),
+        *("size.intermediate_layer=0"),
+    ),
+    num_latents=40,
+    steps=3,
+)
+
+
+@pytest.mark.parametrize("reads_latents", [False, True])
+def test_training_loop(run, monkeypatch, reads_latents):
+    monkeypatch.setitem(training_loop.WORKLOADS, "digits", replace(SMALL_LOOP, reads_latents=reads_latents))
+    for name, value in (("WARM_UP", 1), ("WAITING_STEPS", 4), ("WORKERS", (0,))):
+        monkeypatch.setattr(training_loop, name, value)
+    content = run(training_loop, "--repeats", 2, "--workload", "digits")
+    (overhead,) = content["overhead"]
+    assert len(overhead["ratios"]) == len(overhead["cpu_ratios"]) == 2
+    assert overhead["ratio_lowest"] <= overhead["ratio"] <= overhead["ratio_highest"]
+    assert overhead["batch"] == 8
+    # Without this the two would not have done the same work.
+    assert overhead["largest_difference_of_weights"] == 0.0
+    (waiting,) = content["waiting"]
+    assert len(waiting["waiting_shares"]) == 2
+    assert 0 < waiting["waiting_share_lowest"] <= waiting["waiting_share"] <= waiting["waiting_share_highest"] < 1
+
+
+def test_the_stopwatch_counts_every_step_once_over_ends_of_epochs():
+    dataset = Digits(torch.zeros(6, 1, 8, 8), list("abcdef"))
+    loader = ResumableLoader(
+        dataset, batch_size=2, sampler=TrainSampler(dataset, batch_size=2, seed=0), collate_fn=collate
+    )
+    seen = []
+    watch = Stopwatch(between=lambda batch: seen.append(batch["key"]))
+    handed_out = []
+    with watch.watching():
+        for _ in range(2):
+            batches = iter(loader)
+            handed_out += [
+                next(batches)["key"] for _ in range(3)
+            ]  # As Lightning does, which does not ask for a fourth.
+    assert seen == handed_out
+    assert len(watch.steps) == len(watch.fetches) == len(watch.others) == 6

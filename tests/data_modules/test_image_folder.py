@@ -5,7 +5,8 @@ import logging
 import pytest
 import torch
 
-from flextok.data.image_files import hash_fraction, list_images, split_files
+from flextok.data.image_files import list_images, split_files
+from flextok.data.splits import hash_fraction
 from tests.data_modules.images import image_folder, keys, spoil, write_images
 
 KINDS = ["empty", "truncated", "text", "wrong format", "damaged header"]
@@ -64,13 +65,13 @@ def test_small_folders_have_an_image_in_every_split(count, fraction):
 
 
 def test_two_images_are_too_few():
-    with pytest.raises(ValueError, match="data.root has 2 images"):
+    with pytest.raises(ValueError, match="there are 2 images for train, val, test"):
         split_names(names(2))
 
 
 @pytest.mark.parametrize(("val", "test"), [(0, 0.1), (0.1, 0), (0.5, 0.5), (-0.1, 0.1)])
 def test_impossible_fractions_are_refused(val, test):
-    with pytest.raises(ValueError, match="data.val_fraction and data.test_fraction are"):
+    with pytest.raises(ValueError, match=r"data.val_fraction=.* and data.test_fraction=.*: each positive"):
         split_names(names(9), val_fraction=val, test_fraction=test)
 
 
@@ -99,7 +100,7 @@ def with_bad_files(root, kinds, *, split, count=40, **changes):
     data = image_folder(root, **({"val_fraction": 0.3, "test_fraction": 0.2} | changes))
     data.setup()
     dataset = data.datasets[split]
-    bad = [dataset.files.paths[number] for number in dataset.numbers[1 : len(kinds) + 1]]
+    bad = [dataset.source.paths[number] for number in dataset.numbers[1 : len(kinds) + 1]]
     for name, kind in zip(bad, kinds, strict=True):
         spoil(root / name, kind)
     return data, bad
@@ -113,7 +114,7 @@ def test_training_replaces_bad_files_by_good_ones_and_counts_each_once(tmp_path,
         read = [key for _ in range(2) for batch in keys(loader) for key in batch]
     assert len(read) == 2 * len(data.datasets["train"])
     assert not set(read) & set(bad)
-    assert data.datasets["train"].files.num_bad == len(bad)
+    assert data.datasets["train"].source.num_bad == len(bad)
     if num_workers == 0:  # workers write to their own standard error
         assert sum("skipping an unreadable image" in message for message in caplog.messages) == len(bad)
 
@@ -132,7 +133,7 @@ def test_a_replacement_does_not_depend_on_what_was_read_before(tmp_path):
 def test_evaluation_leaves_bad_files_out(tmp_path, batch_size):
     data, bad = with_bad_files(tmp_path, ["text", "empty"], split="val", eval_batch_size=batch_size)
     read = [key for batch in keys(data.val_dataloader()) for key in batch]
-    expected = [data.datasets["val"].files.paths[number] for number in data.datasets["val"].numbers]
+    expected = [data.datasets["val"].source.paths[number] for number in data.datasets["val"].numbers]
     assert read == [key for key in expected if key not in bad]
 
 

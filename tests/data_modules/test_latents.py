@@ -15,10 +15,10 @@ import torch
 from hydra.utils import instantiate
 from safetensors.torch import load_file
 
-from flextok.cli import latent_writer, main
+from flextok.cli import latent_writer, main, shard_folder
 from flextok.cli.latents import encode_images
 from flextok.config import check_config, compose
-from flextok.data.image_folder import FolderImages
+from flextok.data.image_source import SquareImages
 from flextok.data.latents import LatentsDataModule
 from flextok.model.data_dict import RNG_KEY
 from flextok.training.run import build, run
@@ -124,7 +124,7 @@ def test_variants_of_a_file_are_itself_and_its_mirror_image(tmp_path):
     images = instantiate(compose(["data=image_folder", f"data.root={tmp_path}", "data.image_size=8"]).data)
     images.setup("predict")
     dataset = images.datasets["train"]
-    assert isinstance(dataset, FolderImages)
+    assert isinstance(dataset, SquareImages)
     first = [dataset.variant(number, 0)["image"] for number in range(len(dataset))]
     second = [dataset.variant(number, 1)["image"] for number in range(len(dataset))]
     assert all(torch.equal(a, b.flip(-1)) for a, b in zip(first, second, strict=True))
@@ -182,8 +182,8 @@ def test_interruptions_at_random_points_change_nothing(tmp_path, monkeypatch):
     # Points in between: before a batch, before a shard is written, while it is, and before the index is replaced.
     monkeypatch.setattr(latent_writer, "shard_tensors", breaking(latent_writer.shard_tensors))
     monkeypatch.setattr(latent_writer, "save_file", breaking(latent_writer.save_file))
-    monkeypatch.setattr(latent_writer, "sha256_of", breaking(latent_writer.sha256_of))
-    monkeypatch.setattr(latent_writer, "atomic_path", breaking(latent_writer.atomic_path))
+    monkeypatch.setattr(shard_folder, "sha256_of", breaking(shard_folder.sha256_of))
+    monkeypatch.setattr(shard_folder, "atomic_path", breaking(shard_folder.atomic_path))
     monkeypatch.setattr(latent_writer.torch, "stack", breaking(torch.stack))
     done = 0
     for _ in range(10):

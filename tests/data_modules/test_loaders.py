@@ -8,12 +8,25 @@ import torch
 from flextok.data import samplers
 from flextok.data.loaders import EvalLoader
 from flextok.data.samplers import EvalSampler, TrainSampler
-from flextok.data.samples import collate
+from flextok.data.samples import ImageDataset, collate
 from tests.data_modules.images import keys, photos
 
 
+class Numbers(ImageDataset):
+    """As many samples as are asked for, none of which is read."""
+
+    def __init__(self, size):
+        self.size = size
+
+    def __len__(self):
+        return self.size
+
+    def __getitem__(self, index):
+        raise NotImplementedError
+
+
 def orders(size: int, *, seed: int = 0, epochs: int = 2, batch_size: int = 4) -> list[list[tuple[int, int]]]:
-    sampler = TrainSampler(range(size), batch_size=batch_size, seed=seed)
+    sampler = TrainSampler(Numbers(size), batch_size=batch_size, seed=seed)
     result = []
     for epoch in range(epochs):
         sampler.set_epoch(epoch)
@@ -118,7 +131,7 @@ def test_an_iteration_that_was_given_up_starts_again():
 def test_positions_carry_over_to_another_number_of_ranks(monkeypatch):
     whole = orders(24, epochs=1, batch_size=2)[0]
     on_rank(monkeypatch, 1, 2)
-    sampler = TrainSampler(range(24), batch_size=2, seed=0)
+    sampler = TrainSampler(Numbers(24), batch_size=2, seed=0)
     sampler.start_at(8 // sampler.num_replicas)
     assert list(sampler) == whole[8:][1::2]
 

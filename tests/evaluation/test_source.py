@@ -24,7 +24,7 @@ def runs(tmp_path):
     for age, name in enumerate(("digits/2026-01-02", "photos/2026-01-01")):
         checkpoint = tmp_path / "runs" / name / "checkpoints" / "last.ckpt"
         checkpoint.parent.mkdir(parents=True)
-        checkpoint.write_bytes(b"weights")
+        torch.save({}, checkpoint)
         os.utime(checkpoint, (1e9 - age, 1e9 - age))
         (checkpoint.parents[1] / "config.yaml").write_text(json.dumps(CONFIG))
     return tmp_path / "runs"

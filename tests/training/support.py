@@ -1,11 +1,14 @@
 """A run of a few steps on the embedded digits, in one process or several, and what may happen to it."""
 
+import csv
+import faulthandler
 import logging
 import multiprocessing
 import os
 import signal
 from pathlib import Path
 from typing import Any
+from unittest import mock
 from zlib import crc32
 
 import torch
@@ -15,11 +18,11 @@ from omegaconf import DictConfig, OmegaConf
 from flextok.config import compose
 from flextok.model.data_dict import RNG_KEY
 from flextok.seeding import mixed_seed
+from flextok.training import run as run_module
 from flextok.training.checkpoints import read_checkpoint
 from flextok.training.objective import RectifiedFlowObjective
-from flextok.training.run import run
 
-PATIENCE = 180  # seconds after which processes hang, rather than being slow
+PATIENCE = 90  # seconds after which processes hang, rather than being slow
 
 # Three batches per epoch, so that a dozen steps cross several ends of an epoch.
 SMALL = (
@@ -60,6 +63,36 @@ def load(folder: Path, name: str = "last.ckpt") -> dict[str, Any]:
     return read_checkpoint(folder / "checkpoints" / name)
 
 
+def run_with(cfg: DictConfig, callback: Any) -> dict[str, float]:
+    """Run with one more callback, which comes before all others."""
+    build_trainer = run_module._build_trainer
+
+    def with_callback(cfg, own):
+        trainer = build_trainer(cfg, own)
+        trainer.callbacks.insert(0, callback)
+        return trainer
+
+    with mock.patch.object(run_module, "_build_trainer", with_callback):
+        return run_module.run(cfg)
+
+
+def rows(folder: Path) -> list[dict[str, str]]:
+    """The rows of `metrics.csv` without those numbers that no two runs share."""
+    not_repeatable = (
+        *("train/images_per_second", "train/tokens_per_second", "train/step_seconds", "train/data_wait_share"),
+        "memory/host_peak_gib",
+    )
+    with (folder / "metrics.csv").open() as file:
+        return [{k: v for k, v in row.items() if k not in not_repeatable} for row in csv.DictReader(file)]
+
+
+def assert_same_result(folder: Path, expected: Path) -> None:
+    """The newest checkpoints of two runs are equal in all that training goes on from."""
+    ours, theirs = load(folder), load(expected)
+    for part in ("state_dict", "ema", "optimizer_states", "lr_schedulers", "global_step"):
+        assert largest_difference(ours[part], theirs[part]) == 0.0, part
+
+
 def largest_difference(a: Any, b: Any) -> float:
     """The largest difference of any number in two nested containers of equal shape."""
     if isinstance(a, torch.Tensor):
@@ -95,14 +128,26 @@ class KillAt(Callback):
             os.kill(os.getpid(), signal.SIGKILL)
 
 
-def process(rank, world_size, port, folder, overrides):
-    os.environ.update(LOCAL_RANK=str(rank), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+def task_of_slurm(rank, world_size):
+    """What srun tells a task. Lightning reads it, and knows that it need not start processes."""
+    return {
+        **{"SLURM_JOB_ID": "4242", "SLURM_JOB_NAME": "train", "SLURM_NNODES": "1", "SLURM_NODELIST": "localhost"},
+        **{"SLURM_NTASKS": str(world_size), "SLURM_NTASKS_PER_NODE": str(world_size), "SLURM_NODEID": "0"},
+        **{"SLURM_PROCID": str(rank), "SLURM_LOCALID": str(rank)},
+    }
+
+
+def process(rank, world_size, port, folder, overrides, under_slurm):
+    # Where it hangs, if it does.
+    faulthandler.dump_traceback_later(PATIENCE - 20, file=(folder / f"rank_{rank}.hang").open("w"))
+    tells = task_of_slurm(rank, world_size) if under_slurm else {"LOCAL_RANK": str(rank)}
+    os.environ.update(tells, MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
     torch.set_num_threads(1)
     logging.basicConfig(filename=folder / f"rank_{rank}.log", level=logging.INFO)
-    run(small_config(folder, *overrides, f"trainer.devices={world_size}"))
+    run_module.run(small_config(folder, *overrides, f"trainer.devices={world_size}"))
 
 
-def launch(folder, *overrides, world_size=2):
+def launch(folder, *overrides, world_size=2, under_slurm=False):
     """Run so many processes to their end and return their exit codes.
 
     They are forked from a process that has imported everything, and so start at once.
@@ -114,7 +159,8 @@ def launch(folder, *overrides, world_size=2):
     context.set_forkserver_preload(["flextok.training.run"])
     port = find_free_network_port()
     processes = [
-        context.Process(target=process, args=(rank, world_size, port, folder, overrides)) for rank in range(world_size)
+        context.Process(target=process, args=(rank, world_size, port, folder, overrides, under_slurm))
+        for rank in range(world_size)
     ]
     for each in processes:
         each.start()
@@ -123,5 +169,5 @@ def launch(folder, *overrides, world_size=2):
     hanging = [each for each in processes if each.is_alive()]
     for each in hanging:
         each.kill()
-    assert not hanging, f"{len(hanging)} processes hang; see {folder}/rank_*.log"
+    assert not hanging, f"{len(hanging)} processes hang; see {folder}/rank_*.log and rank_*.hang"
     return [each.exitcode for each in processes]

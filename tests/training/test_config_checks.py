@@ -21,6 +21,8 @@ from tests.training.support import small_config
         ("data.batch_size=0", "data.batch_size=0 .* at least 1"),
         ("data.eval_batch_size=true", "data.eval_batch_size=True .* an integer"),
         ("trainer.precision=fp8", "trainer.precision='fp8' .* valid: 32-true, bf16-mixed"),
+        ("trainer.precision=16-mixed", "optimizer.fused=True .* valid: false where trainer.precision=16-mixed"),
+        ("callbacks.loss_buckets.num_times=0", "callbacks.loss_buckets.num_times=0 .* valid: .*1"),
         ("trainer.precision=bf16-true", "trainer.precision='bf16-true' .* valid: 32-true, bf16-mixed"),
         ("trainer.precision=64", "trainer.precision=64 "),
         ("trainer.max_steps=1.5", "trainer.max_steps=1.5 .* an integer of at least 1"),
@@ -140,7 +142,7 @@ def test_levels_of_start_weights_are_compared_before_anything_is_built(tmp_path)
 
 
 def test_weights_to_start_from_and_a_run_to_continue_exclude_each_other(tmp_path):
-    with pytest.raises(ValueError, match="init_from=.* null where ckpt_path is given"):
+    with pytest.raises(ValueError, match="init_from=.* null where ckpt_path is a path"):
         check_config(small_config(tmp_path, f"init_from={tmp_path}", f"ckpt_path={tmp_path}"))
 
 

@@ -15,11 +15,13 @@ from lightning import Callback
 
 from flextok.model.data_dict import RNG_KEY
 from flextok.training import distributed
+from flextok.training.preemption import EXIT_CODE
 from flextok.training.random_states import collect_random_states
 from flextok.training.randomness import training_generator
 from flextok.training.run import build, run
 from tests.support import REPOSITORY
 from tests.training.support import SMALL, largest_difference, launch, load, small_config
+from tests.training.test_preemption import signal_at
 
 HERE = "tests.training.test_distributed"
 SUPPORT = "tests.training.support"
@@ -121,6 +123,7 @@ def test_each_rank_draws_its_own_numbers_which_the_seed_alone_decides(undisturbe
 # --- interruptions ----------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.fault("kill -9 of one of several processes")
 def test_a_killed_run_of_two_processes_goes_on_exactly(undisturbed, killed, tmp_path):
     assert launch(tmp_path, *TWO, f"ckpt_path={killed}") == [0, 0]
     ours, theirs = load(tmp_path), load(undisturbed)
@@ -129,6 +132,22 @@ def test_a_killed_run_of_two_processes_goes_on_exactly(undisturbed, killed, tmp_
     assert "interrupted with" not in (tmp_path / "rank_0.log").read_text()
 
 
+@pytest.mark.parametrize("under_slurm", [False, True])
+def test_a_signal_to_one_of_two_processes_stops_both_at_the_same_step(undisturbed, tmp_path, under_slurm):
+    told = signal_at("within the step", 4, rank=1, signum=int(signal.SIGTERM))
+    overrides = (*TWO, "callbacks.last.every_n_steps=100", "ckpt_path=auto")
+    assert launch(tmp_path, *overrides, told, under_slurm=under_slurm) == [EXIT_CODE, 0]
+    step = load(tmp_path)["global_step"]
+    assert 5 <= step <= 7  # They ask each other one step ahead.
+    assert f"after step {step}; to go on: the same command" in (tmp_path / "rank_0.log").read_text()
+    assert launch(tmp_path, *overrides, under_slurm=under_slurm) == [0, 0]
+    ours, theirs = load(tmp_path), load(undisturbed)
+    for part in ("state_dict", "ema", "optimizer_states", "lr_schedulers", "global_step"):
+        assert largest_difference(ours[part], theirs[part]) <= 1e-6, part
+    assert f"at step {step}" in (tmp_path / "rank_0.log").read_text()
+
+
+@pytest.mark.fault("another number of processes")
 def test_a_run_goes_on_with_another_number_of_processes_and_says_what_that_changes(killed, tmp_path, caplog):
     run(small_config(tmp_path, f"ckpt_path={killed}", "data.batch_size=400", "callbacks.pictures=null"))
     assert load(tmp_path)["global_step"] == 8
@@ -178,6 +197,11 @@ def test_a_sweep_is_refused_unless_each_run_is_one_process(trainer, monkeypatch)
     monkeypatch.setattr(distributed, "HydraConfig", hydra_config)
     with pytest.raises(ValueError, match=r"^trainer.devices=2 .* cannot be used in a sweep .*; valid: one command per"):
         distributed.check_launch(trainer)
+    monkeypatch.setenv("SUBMITIT_EXECUTOR", "slurm")  # There each process is a task of one run.
+    distributed.check_launch(trainer)
+    monkeypatch.setenv("SUBMITIT_EXECUTOR", "local")
+    with pytest.raises(ValueError, match="hydra/launcher=slurm, which starts the processes"):
+        distributed.check_launch(trainer)
     trainer.num_devices = 1
     distributed.check_launch(trainer)
 
@@ -186,6 +210,14 @@ def test_a_process_on_its_own_joins_nobody(monkeypatch):
     monkeypatch.delenv("TORCHELASTIC_RUN_ID", raising=False)
     assert distributed.join_run_folder() == []
     distributed.check_one_folder("runs/x")
+
+
+def test_the_first_task_of_slurm_alone_writes_what_hydra_writes(monkeypatch):
+    monkeypatch.delenv("TORCHELASTIC_RUN_ID", raising=False)
+    monkeypatch.setenv("SLURM_PROCID", "0")
+    assert distributed.join_run_folder() == []
+    monkeypatch.setenv("SLURM_PROCID", "3")
+    assert distributed.join_run_folder() == ["hydra.job.name=train_rank_3", "hydra.output_subdir=null"]
 
 
 def test_the_processes_of_torchrun_join_the_folder_of_rank_zero(monkeypatch):

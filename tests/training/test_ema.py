@@ -23,7 +23,7 @@ class OneWeight(LightningModule):
 
 def trained(ema, values, start=1.0):
     """A module after as many optimizer steps as there are values, and its trainer."""
-    module, trainer = OneWeight(start), SimpleNamespace(global_step=0)
+    module, trainer = OneWeight(start), SimpleNamespace(global_step=0, log_every_n_steps=100)
     ema.on_fit_start(trainer, module)
     ema.on_train_start(trainer, module)
     for value in values:
@@ -132,7 +132,7 @@ def test_an_average_of_other_parameters_is_refused():
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
 def test_the_average_is_float32_whatever_the_weights_are(dtype):
     ema, module = ExponentialMovingAverage(decay=0.999, warmup=False), OneWeight(1.0).to(dtype)
-    trainer = SimpleNamespace(global_step=0)
+    trainer = SimpleNamespace(global_step=0, log_every_n_steps=100)
     ema.on_fit_start(trainer, module)
     ema.on_train_start(trainer, module)
     module.set(2.0)

@@ -15,9 +15,11 @@ from flextok.__main__ import main
 from flextok.config import check_config, compose
 from flextok.evaluation.source import find_source
 from flextok.training import fsdp, sharded_checkpoint
+from flextok.training.checkpoint_files import DurableCheckpointIO, put_in_place
 from flextok.training.checkpoints import checkpoint_of_run, load_run, read_checkpoint
+from flextok.training.resume import checkpoint_to_resume
 from flextok.training.run import run
-from flextok.training.sharded_checkpoint import META, is_sharded_checkpoint, read_header
+from flextok.training.sharded_checkpoint import META, is_sharded_checkpoint
 from tests.training.support import largest_difference, launch, load, small_config
 
 HERE, SUPPORT = "tests.training.test_fsdp", "tests.training.support"
@@ -37,7 +39,7 @@ class KillWhileSaving(Callback):
 
     def on_save_checkpoint(self, trainer, pl_module, checkpoint):
         if trainer.global_step == self.step:
-            sharded_checkpoint.atomic_path = lambda path: os.kill(os.getpid(), signal.SIGKILL)
+            sharded_checkpoint._write_meta = lambda *args: os.kill(os.getpid(), signal.SIGKILL)
 
 
 class BadGradient(Callback):
@@ -88,9 +90,11 @@ def test_rank_zero_writes_pictures_of_weights_that_no_process_has(undisturbed):
 
 
 def test_a_process_killed_while_it_saves_leaves_the_checkpoint_before(killed):
-    folder = killed / "checkpoints" / "last.ckpt"
-    assert len([path for path in folder.iterdir() if path.is_dir()]) == 2
+    begun = killed / "checkpoints" / ".last.ckpt.tmp"
+    assert list(begun.glob("*.distcp"))
+    assert not is_sharded_checkpoint(begun)
     assert load(killed)["global_step"] == 4
+    assert load(killed, "previous.ckpt")["global_step"] == 2
 
 
 def test_a_killed_run_goes_on_exactly(undisturbed, killed, tmp_path):
@@ -124,7 +128,7 @@ def test_a_sharded_checkpoint_reads_like_any_other(undisturbed, tmp_path):
         assert cfg.size.registers == 4
     assert load_run(shutil.copytree(last, tmp_path / "alone.ckpt"))[1].size.registers == 4
     assert main(["export", str(best), str(tmp_path / "exported")]) == 0
-    shapes = read_header(last)["state_dict"]
+    shapes = read_checkpoint(last, values=False)["state_dict"]
     assert {name: t.shape for name, t in shapes.items()} == {n: t.shape for n, t in checkpoint["state_dict"].items()}
 
 
@@ -136,31 +140,30 @@ def test_evaluation_finds_a_sharded_checkpoint(undisturbed):
     assert source.load(weights="ema")[1] == "ema"
 
 
-def parts_of(folder):
-    return folder / torch.load(folder / META, weights_only=True)["parts"]
-
-
-def flip_a_bit(folder):
-    file = next(parts_of(folder).glob("*.distcp"))
+def flip_a_bit(file):
     content = bytearray(file.read_bytes())
     content[len(content) // 2] ^= 1
     file.write_bytes(content)
 
 
-def lose_a_part(folder):
-    next(parts_of(folder).glob("__1_*")).unlink()
+DAMAGES = {
+    "a bit of a part": lambda folder: flip_a_bit(next(folder.glob("__0_*"))),
+    "a lost part": lambda folder: next(folder.glob("__1_*")).unlink(),
+    "a bit of the rest": lambda folder: flip_a_bit(folder / META),
+    "the rest cut short": lambda folder: os.truncate(folder / META, 999),
+    "the rest lost": lambda folder: (folder / META).unlink(),
+}
 
 
-def cut_meta_short(folder):
-    (folder / META).write_bytes((folder / META).read_bytes()[:999])
-
-
-@pytest.mark.parametrize("damage", [flip_a_bit, lose_a_part, cut_meta_short])
-def test_a_damaged_checkpoint_is_named_with_its_alternatives(undisturbed, tmp_path, damage):
+@pytest.mark.parametrize("damage", DAMAGES.values(), ids=DAMAGES)
+def test_a_run_whose_newest_checkpoint_is_damaged_goes_on_from_the_one_before(undisturbed, tmp_path, damage, caplog):
     shutil.copytree(undisturbed / "checkpoints", tmp_path / "checkpoints")
     damage(tmp_path / "checkpoints" / "last.ckpt")
-    with pytest.raises(ValueError, match=r"last\.ckpt cannot be read.*others here: .*best\.ckpt"):
-        load_run(tmp_path)
+    path, content = checkpoint_to_resume("auto", tmp_path)
+    assert (path.name, content["global_step"]) == ("previous.ckpt", 6)
+    assert "last.ckpt cannot be read" in caplog.text
+    with pytest.raises(ValueError, match=r"last\.ckpt cannot be read.*others here: .*previous\.ckpt"):
+        read_checkpoint(tmp_path / "checkpoints" / "last.ckpt")
 
 
 class Intruder:
@@ -176,7 +179,7 @@ def change_meta(folder, change):
 
 def test_an_index_that_would_run_code_is_refused(undisturbed, tmp_path):
     folder = Path(shutil.copytree(undisturbed / "checkpoints" / "last.ckpt", tmp_path / "last.ckpt"))
-    index = parts_of(folder) / ".metadata"
+    index = folder / ".metadata"
     index.write_bytes(pickle.dumps(Intruder()))
     change_meta(folder, lambda meta: meta["checksums"].update({".metadata": sharded_checkpoint._checksum(index)}))
     with pytest.raises(ValueError, match="abort, which no index needs"):
@@ -191,16 +194,12 @@ def test_tensors_that_are_larger_than_the_files_are_refused(undisturbed, tmp_pat
         read_checkpoint(folder)
 
 
-def test_a_file_and_a_folder_of_one_name_replace_each_other(tmp_path):
-    path, aside = tmp_path / "last.ckpt", tmp_path / "replaced_last.ckpt"
-    torch.save({"old": 1}, path)
-    with pytest.raises(KeyboardInterrupt), sharded_checkpoint.make_way(path):
-        raise KeyboardInterrupt
-    assert read_checkpoint(aside) == {"old": 1}
-    path.mkdir()
-    fsdp.CheckpointFiles().save_checkpoint({"new": 2}, path)
+def test_a_file_and_a_folder_of_one_name_replace_each_other(undisturbed, tmp_path):
+    path = Path(shutil.copytree(undisturbed / "checkpoints" / "best.ckpt", tmp_path / "best.ckpt"))
+    DurableCheckpointIO().save_checkpoint({"new": 2}, path)
     assert read_checkpoint(path) == {"new": 2}
-    assert not aside.exists()
+    put_in_place(Path(shutil.copytree(undisturbed / "checkpoints" / "best.ckpt", tmp_path / "new")), path)
+    assert is_sharded_checkpoint(path)
 
 
 # --- what cannot work -------------------------------------------------------------------------------------------------

@@ -47,6 +47,15 @@ def test_a_row_cut_short_by_a_kill_does_no_harm(tmp_path, half_row):
     assert [row["step"] for row in rows(tmp_path)] == ["1", "2", "3"]
 
 
+def test_a_row_is_in_the_file_as_soon_as_it_is_known(tmp_path):
+    logger = CsvLogger(folder=str(tmp_path))
+    logger.log_metrics({"train": 1.5}, step=0)
+    assert rows(tmp_path) == [{"step": "1", "train": "1.5"}]
+    logger.log_metrics({"train": 2.5, "val": 3.5}, step=1)
+    logger.log_metrics({"val": 4.0}, step=1)
+    assert rows(tmp_path)[1] == {"step": "2", "train": "2.5", "val": "4.0"}
+
+
 def test_nothing_is_written_without_numbers(tmp_path):
     write(tmp_path)
     assert not (tmp_path / "metrics.csv").exists()
@@ -56,6 +65,6 @@ def test_wandb_is_offline_without_an_account(tmp_path, monkeypatch):
     pytest.importorskip("wandb")
     for name in ("WANDB_MODE", "WANDB_API_KEY"):
         monkeypatch.delenv(name, raising=False)
-    assert wandb_logger(project="test", save_dir=str(tmp_path))._offline
+    assert wandb_logger(project="test", folder=str(tmp_path), ckpt_path=None)._offline
     monkeypatch.setenv("WANDB_API_KEY", "0" * 40)
-    assert not wandb_logger(project="test", save_dir=str(tmp_path))._offline
+    assert not wandb_logger(project="test", folder=str(tmp_path), ckpt_path=None)._offline

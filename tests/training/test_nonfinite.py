@@ -1,12 +1,14 @@
 """Gradients that are not finite: the step is left out; too many in a row end the run, and nothing is lost."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from lightning import Callback
 
-from flextok.training import run as run_module
+from flextok.training.nonfinite import NonFiniteGuard, _Pending
 from flextok.training.run import run
-from tests.training.support import largest_difference, load, small_config
+from tests.training.support import largest_difference, load, run_with, small_config
 
 
 class Spoil(Callback):
@@ -23,28 +25,16 @@ class Spoil(Callback):
         self.weights.append({name: p.detach().clone() for name, p in pl_module.named_parameters()})
 
 
-@pytest.fixture
-def spoilt_run(monkeypatch):
-    def run_with(cfg, steps, value=float("nan")):
-        spoil, build_trainer = Spoil(steps, value), run_module._build_trainer
-
-        def with_spoil(cfg):
-            trainer = build_trainer(cfg)
-            trainer.callbacks.insert(0, spoil)
-            return trainer
-
-        with monkeypatch.context() as patch:
-            patch.setattr(run_module, "_build_trainer", with_spoil)
-            run(cfg)
-        return spoil.weights
-
-    return run_with
+def spoilt_run(cfg, steps, value=float("nan")):
+    spoil = Spoil(steps, value)
+    run_with(cfg, spoil)
+    return spoil.weights
 
 
 @pytest.mark.parametrize("fused", ["true", "false"])
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
-def test_a_step_that_is_not_finite_changes_no_weight(tmp_path, spoilt_run, caplog, fused, value):
-    weights = spoilt_run(small_config(tmp_path, f"+optimizer.fused={fused}"), {3}, value)
+def test_a_step_that_is_not_finite_changes_no_weight(tmp_path, caplog, fused, value):
+    weights = spoilt_run(small_config(tmp_path, f"optimizer.fused={fused}"), {3}, value)
     changes = [largest_difference(after, before) for before, after in zip(weights, weights[1:], strict=False)]
     assert [change == 0 for change in changes] == [False, False, True, False, False, False, False]
     assert "step 4: the gradient is not finite, the step is left out (1 in a row" in caplog.text
@@ -54,12 +44,13 @@ def test_a_step_that_is_not_finite_changes_no_weight(tmp_path, spoilt_run, caplo
     assert all(moment["exp_avg_sq"].isfinite().all() for moment in moments)
 
 
-def test_steps_are_counted_in_a_row(tmp_path, spoilt_run):
+def test_steps_are_counted_in_a_row(tmp_path):
     spoilt_run(small_config(tmp_path, "callbacks.nonfinite.max_in_a_row=2"), {1, 2, 4, 5})
     assert load(tmp_path)["global_step"] == 8
 
 
-def test_too_many_in_a_row_end_the_run_with_the_batch_and_the_weights_saved(tmp_path, spoilt_run):
+@pytest.mark.fault("NaN or infinity in the gradient")
+def test_too_many_in_a_row_end_the_run_with_the_batch_and_the_weights_saved(tmp_path):
     cfg = small_config(tmp_path, "callbacks.nonfinite.max_in_a_row=2")
     with pytest.raises(
         ValueError, match=r"not finite in 3 steps in a row, up to step 7; the last batch is in .*_7_rank_0"
@@ -73,7 +64,7 @@ def test_too_many_in_a_row_end_the_run_with_the_batch_and_the_weights_saved(tmp_
     assert all(tensor.isfinite().all() for tensor in saved["state_dict"].values())
 
 
-def test_the_count_survives_a_resume(tmp_path, spoilt_run):
+def test_the_count_survives_a_resume(tmp_path):
     cfg = small_config(
         tmp_path, "callbacks.nonfinite.max_in_a_row=2", "trainer.max_steps=5", "callbacks.last.every_n_steps=5"
     )
@@ -86,3 +77,21 @@ def test_the_count_survives_a_resume(tmp_path, spoilt_run):
 def test_a_negative_number_is_refused(tmp_path):
     with pytest.raises(Exception, match="max_in_a_row=-1: valid are 0 and above"):
         run(small_config(tmp_path, "callbacks.nonfinite.max_in_a_row=-1"))
+
+
+def test_on_a_gpu_a_step_is_judged_when_the_one_after_the_next_starts(tmp_path):
+    guard = NonFiniteGuard(folder=str(tmp_path), max_in_a_row=1)
+    waited = []
+
+    def start(step):
+        guard.on_train_batch_start(None, None, None, step)
+        event = SimpleNamespace(synchronize=lambda: waited.append(step))
+        guard._pending.append(_Pending(step, torch.tensor(True), event))
+        guard.on_train_batch_end(None, None, None, {"image": torch.zeros(1)}, step)
+
+    for step in range(3):
+        start(step)
+        assert len(waited) == max(0, step - 1)
+    with pytest.raises(ValueError, match="2 steps in a row, up to step 2"):
+        guard.on_train_batch_start(SimpleNamespace(global_rank=0), None, None, 3)
+    assert waited == [0, 1]

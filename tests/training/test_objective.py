@@ -3,7 +3,7 @@ import pytest
 import torch
 
 from flextok.model.packed_list import PackedList
-from flextok.training.objective import RectifiedFlowObjective, per_sample_mse
+from flextok.training.objective import PASSES_KEY, RectifiedFlowObjective, per_sample_mse
 from tests.support import randomize, tokens_processed
 from tests.training.support import small_config
 
@@ -121,3 +121,19 @@ def test_a_decoder_that_draws_for_itself_is_refused(tmp_path):
 def test_weights_that_leave_nothing_are_refused(weights):
     with pytest.raises(ValueError, match=r"objective.prefix_weight=.* valid: numbers from 0 on"):
         RectifiedFlowObjective(prefix_weight=weights[0], full_weight=weights[1])
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_each_pass_leaves_its_errors_times_and_numbers_of_tokens(tmp_path, form):
+    model, cfg = model_for_both(tmp_path, form, "size.null_condition_prob=0.5")
+    data = batch()
+    losses = hydra.utils.instantiate(cfg.objective)(model, data)
+    full, prefix = data[PASSES_KEY]
+    for name, one in (("full", full), ("prefix", prefix)):
+        torch.testing.assert_close(one.errors.mean(), losses[f"flow_{name}"].detach())
+        assert not one.errors.requires_grad
+        assert one.times.shape == one.kept.shape == (6,)
+    null = torch.tensor(data["sampled_null"])
+    assert 0 < null.sum() < 6
+    torch.testing.assert_close(prefix.kept, torch.tensor(data["train_keep_k"]).where(~null, 0))
+    torch.testing.assert_close(full.kept, torch.full((6,), 4).where(~null, 0))

@@ -46,7 +46,8 @@ def test_dropout_layers_are_reproducible_by_step():
 
     def output(step):
         trainer = SimpleNamespace(global_step=step, global_rank=0, accumulate_grad_batches=1)
-        RandomStates(seed=0).on_train_batch_start(trainer, None, None, 0)
+        module = SimpleNamespace(device=torch.device("cpu"))
+        RandomStates(seed=0).on_train_batch_start(trainer, module, None, 0)
         return nn.Dropout(0.5)(torch.ones(32)).tolist()
 
     assert output(3) == output(3)

@@ -1,4 +1,3 @@
-import csv
 import json
 
 import pytest
@@ -7,23 +6,9 @@ from lightning import Callback
 from omegaconf import OmegaConf
 
 from flextok.config import check_config, compose
-from flextok.training import run as run_module
 from flextok.training.initialize import load_weights
 from flextok.training.run import build, run
-from tests.training.support import SMALL, largest_difference, load, small_config
-
-NOT_REPEATABLE = ("train/images_per_second", "train/steps_per_second")
-
-
-def rows(folder):
-    with (folder / "metrics.csv").open() as file:
-        return [{k: v for k, v in row.items() if k not in NOT_REPEATABLE} for row in csv.DictReader(file)]
-
-
-def assert_same_result(folder, expected):
-    ours, theirs = load(folder), load(expected)
-    for part in ("state_dict", "ema", "optimizer_states", "lr_schedulers", "global_step"):
-        assert largest_difference(ours[part], theirs[part]) == 0.0, part
+from tests.training.support import SMALL, assert_same_result, largest_difference, load, rows, run_with, small_config
 
 
 class StopAt(Callback):
@@ -52,18 +37,9 @@ class StopAt(Callback):
         self._stop(trainer, "in validation")
 
 
-def run_and_stop(cfg, monkeypatch, step, place):
-    build_trainer = run_module._build_trainer
-
-    def with_stop(cfg):
-        trainer = build_trainer(cfg)
-        trainer.callbacks.insert(0, StopAt(step, place))
-        return trainer
-
-    with monkeypatch.context() as patch:
-        patch.setattr(run_module, "_build_trainer", with_stop)
-        with pytest.raises(RuntimeError, match="stopped on purpose"):
-            run(cfg)
+def run_and_stop(cfg, step, place):
+    with pytest.raises(RuntimeError, match="stopped on purpose"):
+        run_with(cfg, StopAt(step, place))
 
 
 def test_a_run_leaves_a_complete_folder(finished_run):
@@ -74,7 +50,7 @@ def test_a_run_leaves_a_complete_folder(finished_run):
     config = OmegaConf.load(finished_run / "config.yaml")
     assert "${" not in (finished_run / "config.yaml").read_text()
     assert config.size.registers == 4
-    assert {path.name for path in finished_run.glob("checkpoints/*")} == {"last.ckpt", "best.ckpt"}
+    assert {path.name for path in finished_run.glob("checkpoints/*")} == {"last.ckpt", "previous.ckpt", "best.ckpt"}
     assert {path.name for path in finished_run.glob("pictures/*")} == {"step_000004.png", "step_000008.png"}
 
 
@@ -101,27 +77,27 @@ def test_the_same_seed_gives_the_same_numbers_and_another_does_not(finished_run,
     ("step", "place"),
     [(2, "before the step"), (3, "within the step"), (4, "in validation"), (5, "after the step")],
 )
-def test_an_interrupted_run_goes_on_as_if_nothing_had_happened(finished_run, tmp_path, monkeypatch, step, place):
+def test_an_interrupted_run_goes_on_as_if_nothing_had_happened(finished_run, tmp_path, step, place):
     cfg = small_config(tmp_path)
-    run_and_stop(cfg, monkeypatch, step, place)
+    run_and_stop(cfg, step, place)
     assert load(tmp_path)["global_step"] == step
     cfg.ckpt_path = str(tmp_path)
     run(cfg)
     assert_same_result(tmp_path, finished_run)
 
 
-def test_half_an_update_is_not_saved(finished_run, tmp_path, monkeypatch):
+def test_half_an_update_is_not_saved(finished_run, tmp_path):
     cfg = small_config(tmp_path)
-    run_and_stop(cfg, monkeypatch, 4, "in the update")
+    run_and_stop(cfg, 4, "in the update")
     assert load(tmp_path)["global_step"] == 3  # the last regular one
     cfg.ckpt_path = str(tmp_path)
     run(cfg)
     assert_same_result(tmp_path, finished_run)
 
 
-def test_a_resumed_run_appends_to_its_metrics(finished_run, tmp_path, monkeypatch):
+def test_a_resumed_run_appends_to_its_metrics(finished_run, tmp_path):
     cfg = small_config(tmp_path)
-    run_and_stop(cfg, monkeypatch, 3, "before the step")
+    run_and_stop(cfg, 3, "before the step")
     cfg.ckpt_path = str(tmp_path)
     run(cfg)
     assert rows(tmp_path) == rows(finished_run)
@@ -166,7 +142,7 @@ def test_changes_of_a_resumed_run_are_said(finished_run, tmp_path, caplog):
 def test_steps_can_be_kept(tmp_path):
     run(small_config(tmp_path, "callbacks.last.keep_every_n_steps=4", "callbacks.best=null"))
     names = {path.name for path in tmp_path.glob("checkpoints/*")}
-    assert names == {"last.ckpt", "step_00000004.ckpt", "step_00000008.ckpt"}
+    assert names == {"last.ckpt", "previous.ckpt", "step_00000004.ckpt", "step_00000008.ckpt"}
 
 
 def test_a_run_can_start_from_exported_weights(tmp_path):

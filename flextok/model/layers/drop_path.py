@@ -29,8 +29,10 @@ class DropPath(nn.Module):
         num_samples = len(layout.lengths) if isinstance(layout, SequenceLayout) else x.shape[0]
         factors = (torch.rand(num_samples, device=x.device) >= self.drop_prob).to(x.dtype) / (1.0 - self.drop_prob)
         if isinstance(layout, SequenceLayout):
-            lengths = torch.tensor(layout.sample_lengths, device=x.device)
-            rows = nn.functional.pad(factors.repeat_interleave(lengths), (0, layout.row_length - layout.num_tokens))
+            lengths = torch.tensor(layout.sample_lengths).to(x.device, non_blocking=True)
+            # With the size the device need not tell the host how long the result is.
+            rows = factors.repeat_interleave(lengths, output_size=layout.num_tokens)
+            rows = nn.functional.pad(rows, (0, layout.row_length - layout.num_tokens))
             return x * (rows if keep is None else rows.index_select(0, keep))[None, :, None]
         return x * factors.view(-1, *(1,) * (x.ndim - 1))
 

@@ -63,7 +63,7 @@ class _NullCond(MuPInit):
             return replace_tails(packed, keep, torch.zeros(width, device=entries[0].device) if null is None else null)
         if packed.is_uniform and not self.replace_with_single_token:
             x = packed.tensor
-            flagged = torch.tensor(flags, device=x.device).view(-1, *(1,) * (x.ndim - 1))
+            flagged = torch.tensor(flags).to(x.device, non_blocking=True).view(-1, *(1,) * (x.ndim - 1))
             return PackedList(torch.where(flagged, x.new_zeros(()) if null is None else null.to(x.dtype), x))
         replaced = []
         for entry, flag in zip(packed, flags, strict=True):

@@ -19,11 +19,12 @@ def keep_prefix(tokens: Sequence[Tensor], keep_ks: Sequence[int], fill: Tensor) 
     # The published decoder casts the mask token to the tokens' dtype.
     fill = fill.to(x.dtype)
     if packed.is_uniform:
-        kept = torch.arange(x.shape[1], device=x.device) < torch.tensor(keep_ks, device=x.device)[:, None]
+        limits = torch.tensor(keep_ks).to(x.device, non_blocking=True)
+        kept = torch.arange(x.shape[1], device=x.device) < limits[:, None]
         return PackedList(torch.where(kept[..., None], x, fill))
     position = torch.cat([torch.arange(n) for n in packed.num_tokens])
     limit = torch.tensor(keep_ks).repeat_interleave(torch.tensor(packed.num_tokens))
-    kept = (position < limit).to(x.device)
+    kept = (position < limit).to(x.device, non_blocking=True)
     return PackedList(torch.where(kept[:, None], x, fill), packed.shapes)
 
 

@@ -1,0 +1,3 @@
+from tests.training.conftest import finished_run
+
+__all__ = ["finished_run"]
