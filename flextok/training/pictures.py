@@ -99,7 +99,7 @@ class ReconstructionPictures(Callback):
         """What the picture shows from top to bottom: a label and `[images, 3, height, width]` for each row."""
         keep_ks = self.keep_ks or default_keep_ks(model.num_registers)
         encoded = encode_batch(model, batch, seed=self.seed)
-        with model.vae.loaded(encoded.device):
+        with model.vae.loaded(encoded.latents[0].device):
             first = {"original": batch["image"]} if "image" in batch else {"latents": decode_latents(model, encoded)}
             rows = reconstructions(model, encoded, keep_ks=keep_ks, seed=self.seed, **self.decode_options)
         labels = [f"{keep_k} of {model.num_registers}" for keep_k in keep_ks]
