@@ -5,7 +5,7 @@ once: there rank 0 chooses the folder, and the others are told.
 """
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -16,7 +16,6 @@ from hydra.types import RunMode
 if TYPE_CHECKING:
     from lightning import Trainer
     from lightning.pytorch.strategies import DDPStrategy
-    from torch import Tensor
     from torch.distributed import TCPStore
 
 T = TypeVar("T")
@@ -143,38 +142,6 @@ def by_rank_zero(work: Callable[[], None]) -> None:
     of_first = of_all_ranks(failure)[0]
     if of_first is not None:
         raise failure or of_first
-
-
-def sharded_like(stored: "Tensor", parameter: "Tensor") -> "Tensor":
-    """`stored` on the device of a parameter and, where the parameter is sharded, this process's part of it."""
-    from torch.distributed.tensor import DTensor, distribute_tensor
-
-    if isinstance(parameter, DTensor) and not isinstance(stored, DTensor):
-        whole = stored.to(parameter.device)
-        return distribute_tensor(whole, parameter.device_mesh, parameter.placements, src_data_rank=None)
-    return stored.to(parameter.device)
-
-
-def part_of(tensor: "Tensor") -> "Tensor":
-    """What this process has of a tensor that may be sharded; call it without gradients."""
-    from torch.distributed.tensor import DTensor
-
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
-
-
-def total_norm(gradients: "Sequence[Tensor]") -> "Tensor":
-    """The norm of all gradients together; where they are sharded, over all processes, which all have to call it."""
-    import torch
-    import torch.distributed as dist
-    from torch.distributed.tensor import DTensor
-
-    norm = torch.nn.utils.get_total_norm([part_of(gradient) for gradient in gradients])
-    if any(isinstance(gradient, DTensor) for gradient in gradients):
-        # Left to itself, torch would ask the other processes once per gradient.
-        squares = norm.square()
-        dist.all_reduce(squares)
-        norm = squares.sqrt()
-    return norm
 
 
 def _quietly(rank: int) -> list[str]:

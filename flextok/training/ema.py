@@ -7,8 +7,8 @@ import torch
 from lightning import Callback, LightningModule, Trainer
 from torch import Tensor
 
-from flextok.training.distributed import part_of, sharded_like
 from flextok.training.progress import is_logged
+from flextok.training.shards import part_of, sharded_like
 
 logger = logging.getLogger(__name__)
 

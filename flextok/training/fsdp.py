@@ -4,6 +4,7 @@ Sharded are all parameters of a TokenizerModule but those of the VAE: each block
 left together.
 """
 
+import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -18,8 +19,9 @@ from torch.distributed.tensor import DTensor
 from flextok.model.trunks.transformers import trunk_blocks
 from flextok.training.checkpoint_files import beside, put_in_place, refusals_explained, remove
 from flextok.training.checkpoints import read_checkpoint
-from flextok.training.distributed import by_rank_zero, of_all_ranks, sharded_like
+from flextok.training.distributed import by_rank_zero, of_all_ranks
 from flextok.training.sharded_checkpoint import write_sharded
+from flextok.training.shards import sharded_like
 
 # During these the weights outside of the blocks are whole.
 _FORWARDS = ("training_step", "validation_step", "call")
@@ -52,6 +54,8 @@ class ShardedStrategy(ModelParallelStrategy):
         """
         if isinstance(module, FSDPModule):
             return
+        # Blocks return views, and nothing is written into those.
+        warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
         for parameter in module.parameters():
             parameter.data = parameter.data.contiguous()  # FSDP2 takes no other; position tables are transposed.
         mesh = self.device_mesh["data_parallel"]

@@ -11,11 +11,11 @@ from torch.optim import Optimizer
 from flextok.flextok_wrapper import FlexTok
 from flextok.model.data_dict import RNG_KEY, DataDict
 from flextok.model.keep_k import default_keep_ks
-from flextok.training.distributed import total_norm
 from flextok.training.fsdp import ShardedStrategy
 from flextok.training.objective import PASSES_KEY
 from flextok.training.progress import log_interval
 from flextok.training.randomness import training_generator
+from flextok.training.shards import total_norm
 from flextok.training.validation import encode_batch, flow_losses, model_inputs
 
 P = ParamSpec("P")

@@ -22,7 +22,7 @@ from flextok.training import run as run_module
 from flextok.training.checkpoints import read_checkpoint
 from flextok.training.objective import RectifiedFlowObjective
 
-PATIENCE = 90  # seconds after which processes hang, rather than being slow
+PATIENCE = 180  # seconds after which processes hang, rather than being slow
 
 # Three batches per epoch, so that a dozen steps cross several ends of an epoch.
 SMALL = (

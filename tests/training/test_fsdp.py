@@ -3,6 +3,7 @@
 import csv
 import os
 import pickle
+import resource
 import shutil
 import signal
 from pathlib import Path
@@ -17,10 +18,12 @@ from flextok.evaluation.source import find_source
 from flextok.training import fsdp, sharded_checkpoint
 from flextok.training.checkpoint_files import DurableCheckpointIO, put_in_place
 from flextok.training.checkpoints import checkpoint_of_run, load_run, read_checkpoint
+from flextok.training.preemption import EXIT_CODE
 from flextok.training.resume import checkpoint_to_resume
 from flextok.training.run import run
 from flextok.training.sharded_checkpoint import META, is_sharded_checkpoint
 from tests.training.support import largest_difference, launch, load, small_config
+from tests.training.test_preemption import signal_at
 
 HERE, SUPPORT = "tests.training.test_fsdp", "tests.training.support"
 TWO = ("trainer=fsdp_cpu", "data.batch_size=200", "callbacks.last.every_n_steps=2")
@@ -52,6 +55,17 @@ class BadGradient(Callback):
         if trainer.global_step == self.step and trainer.global_rank == 1:
             gradients = [p.grad.to_local() for p in pl_module.parameters() if p.grad is not None]
             next(gradient for gradient in gradients if gradient.numel()).view(-1)[0] = float("nan")
+
+
+class NoRoom(Callback):
+    """The disk of one rank is full when it saves."""
+
+    def __init__(self, rank):
+        self.rank = rank
+
+    def on_train_start(self, trainer, pl_module):
+        if trainer.global_rank == self.rank:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, resource.RLIM_INFINITY))
 
 
 @pytest.fixture(scope="module")
@@ -266,6 +280,25 @@ def test_all_processes_leave_out_a_step_that_one_found_bad(tmp_path):
     for rank in range(2):
         assert "step 4: the gradient is not finite" in (tmp_path / f"rank_{rank}.log").read_text()
     assert all(tensor.isfinite().all() for tensor in load(tmp_path)["state_dict"].values())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_disk_that_is_full_for_one_process_stops_all(tmp_path, rank):
+    no_room = f"+callbacks.no_room={{_target_: {HERE}.NoRoom, rank: {rank}}}"
+    assert launch(tmp_path, *TWO, "callbacks.pictures=null", "callbacks.best=null", no_room) == [1, 1]
+    assert not list(tmp_path.glob("checkpoints/*"))
+
+
+@pytest.mark.slow
+def test_a_signal_to_one_of_two_processes_saves_the_step_of_both(undisturbed, tmp_path):
+    overrides = (*TWO, *SAME_DRAWS, "callbacks.last.every_n_steps=100", "ckpt_path=auto")
+    told = signal_at("within the step", 4, rank=1, signum=int(signal.SIGTERM))
+    assert launch(tmp_path, *overrides, told) == [EXIT_CODE, 0]
+    assert 5 <= load(tmp_path)["global_step"] <= 7
+    assert launch(tmp_path, *overrides) == [0, 0]
+    for part in PARTS:
+        assert largest_difference(load(tmp_path)[part], load(undisturbed)[part]) == 0.0, part
 
 
 @pytest.mark.slow
