@@ -27,6 +27,9 @@ from flextok.config import compose
 
 SOURCES: dict[str, Callable[[Path], list[str]]] = {
     "image_folder": sample_data.image_files,
+    "webdataset": sample_data.tar_shards,
+    "streaming": sample_data.streaming_chunks,
+    "hf": sample_data.table,
     "digits": lambda folder: ["data=digits"],
     "photos": lambda folder: ["data=photos"],
     "latents": sample_data.latents,

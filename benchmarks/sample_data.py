@@ -5,9 +5,13 @@ from pathlib import Path
 
 import torch
 
-from flextok.cli.latent_writer import LatentFolder, encode_split
+from flextok.cli import main as flextok
+from flextok.cli.latent_writer import encode_split
+from flextok.cli.shard_folder import ShardFolder
+from flextok.data.latent_shards import LATENTS
 from flextok.data.photos import load_photo
 from flextok.data.samples import ImageDataset, Index, Sample, epoch_and_number
+from flextok.data.streaming_writer import write_streaming_split
 
 PHOTOS = ("astronaut", "chelsea", "coffee", "rocket", "motorcycle_left", "china", "flower")
 NUM_FILES = 1024
@@ -25,6 +29,33 @@ def image_files(folder: Path) -> list[str]:
     return ["data=image_folder", f"data.root={folder}", "data.image_size=256"]
 
 
+def tar_shards(folder: Path) -> list[str]:
+    """The same files in tar shards, as `flextok prepare` writes them."""
+    image_files(folder / "images")
+    flextok(["prepare", str(folder / "images"), str(folder / "shards")])
+    return ["data=webdataset", f"data.root={folder / 'shards'}", "data.image_size=256"]
+
+
+def streaming_chunks(folder: Path) -> list[str]:
+    """The same files in LitData chunks."""
+    image_files(folder / "images")
+    files = sorted((folder / "images").rglob("*.jpg"))
+    few = len(files) // 8
+    for split, some in (("train", files[: -2 * few]), ("val", files[-2 * few : -few]), ("test", files[-few:])):
+        write_streaming_split(folder / "chunks" / split, ((file.name, file.read_bytes()) for file in some))
+    return ["data=streaming", f"data.path={folder / 'chunks'}", "data.image_size=256"]
+
+
+def table(folder: Path) -> list[str]:
+    """The same files in a Hugging Face data set on disk."""
+    from datasets import Dataset, Features, Image
+
+    image_files(folder / "images")
+    content = [{"bytes": file.read_bytes(), "path": None} for file in sorted((folder / "images").rglob("*.jpg"))]
+    Dataset.from_dict({"image": content}, features=Features({"image": Image()})).save_to_disk(folder / "table")
+    return ["data=hf", f"data.path={folder / 'table'}", "data.image_size=256"]
+
+
 def latents(folder: Path) -> list[str]:
     """Latents of the shape of published models: 16 x 32 x 32 numbers in bfloat16 for an image of 256 x 256 pixels."""
     return write_latents(folder, shape=(16, 32, 32), num_samples=NUM_FILES)
@@ -33,7 +64,8 @@ def latents(folder: Path) -> list[str]:
 def write_latents(folder: Path, *, shape: tuple[int, int, int], num_samples: int) -> list[str]:
     """A folder as `flextok latents` makes it, of random numbers: what they show makes no difference to the time."""
     # What `data=latents` expects unless told otherwise.
-    writer = LatentFolder(folder, {"data": {"image_size": 256}, "latent": None})
+    settings = {"data": {"image_size": 256}, "latent": None}
+    writer = ShardFolder(folder, settings, LATENTS, argument="folder")
     generator = torch.Generator().manual_seed(0)
     for split, count in (("train", num_samples), ("val", 64)):
         encode_split(

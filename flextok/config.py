@@ -20,6 +20,7 @@ __all__ = ["CONFIG_FOLDER", "check_config", "compose", "register_resolvers", "ru
 # Hydra makes the folder of a run before our own code runs, and cannot know how it is chosen.
 _CANNOT_WRITE = (errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EROFS, errno.ENOSPC, errno.EDQUOT)
 
+_SHORT_ERRORS = "_FLEXTOK_SHORT_ERRORS"
 CONFIG_FOLDER = Path(__file__).resolve().parent.parent / "configs"
 
 
@@ -45,9 +46,11 @@ def run_command(main: Callable[[], Any]) -> None:
 
     `HYDRA_FULL_ERROR=1` brings the traceback back.
     """
-    wants_traceback = os.environ.get("HYDRA_FULL_ERROR") == "1"
-    # Without this Hydra prints the exception itself, cause last, and we never see it.
-    os.environ["HYDRA_FULL_ERROR"] = "1"
+    wants_traceback = os.environ.get("HYDRA_FULL_ERROR") == "1" and _SHORT_ERRORS not in os.environ
+    if not wants_traceback:
+        # Without the first Hydra prints the exception itself, cause last, and we never see it. The second tells the
+        # processes we start that it was not the user who asked.
+        os.environ.update({"HYDRA_FULL_ERROR": "1", _SHORT_ERRORS: "1"})
     try:
         main()
     except (ValueError, OSError, HydraException, OmegaConfBaseException) as error:

@@ -125,6 +125,7 @@ class _Chunk:
         return self._table_row(row) if self.table is not None else self._plain_row(row)
 
     def _table_row(self, row: int) -> dict[str, Any]:
+        assert self.table is not None
         per_batch = self.table.get_batch(0).num_rows
         values = self.table.get_batch(row // per_batch)
         return {name: values.column(name)[row % per_batch].as_py() for name in ("image", "key") if name in self.formats}

@@ -3,7 +3,7 @@
 import os
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -53,7 +53,8 @@ class DurableCheckpointIO(TorchCheckpointIO):
                     os.fsync(file.fileno())
                 put_in_place(temporary, path)
             finally:
-                temporary.unlink(missing_ok=True)
+                with suppress(NotADirectoryError):  # Where the folder is a file, there is nothing to remove.
+                    temporary.unlink(missing_ok=True)
 
     def load_checkpoint(self, path: str | Path, map_location: Any = "cpu", weights_only: bool | None = None) -> Any:
         if is_sharded_checkpoint(Path(path)):

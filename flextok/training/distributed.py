@@ -64,17 +64,17 @@ def check_launch(trainer: "Trainer") -> None:
     """Refuse launches in which processes would not work together.
 
     Raises:
-        ValueError: a sweep with several processes per run that no cluster starts, or a `torchrun` with more processes
-            than the trainer uses.
+        ValueError: a sweep under `torchrun` or on several machines that no cluster starts, or a `torchrun` with more
+            processes than the trainer uses.
     """
     devices, nodes = trainer.num_devices, trainer.num_nodes
     is_sweep = HydraConfig.initialized() and HydraConfig.get().mode == RunMode.MULTIRUN
     if devices * nodes > 1 and is_sweep and not _is_task_of_slurm_launcher():
         # Each process would read the same command line and start the whole sweep.
         raise ValueError(
-            f"trainer.devices={devices} with trainer.num_nodes={nodes} cannot be used in a sweep (-m), where every "
-            "process would start all runs; valid: one command per run, such as a loop of the shell over its values, "
-            "hydra/launcher=slurm, which starts the processes of each run, or trainer.devices=1"
+            f"trainer.devices={devices} with trainer.num_nodes={nodes} cannot be used in this sweep (-m), where every "
+            "process would start all runs; valid: one machine without torchrun, or hydra/launcher=slurm, which starts "
+            "the processes of each run"
         )
     started = int(os.environ["WORLD_SIZE"]) if _is_under_torchrun() else devices * nodes
     if started != devices * nodes:
@@ -152,6 +152,11 @@ def _below_first_task_of_slurm() -> list[str]:
     # srun starts all tasks with one command line, in which the user names the folder.
     rank = int(os.environ.get("SLURM_PROCID", "0"))
     return _quietly(rank) if rank > 0 else []
+
+
+def is_started_from_outside() -> bool:
+    """Whether torchrun, srun or submitit starts all processes of a run, so that Lightning starts none."""
+    return _is_under_torchrun() or _is_task_of_slurm_launcher() or "LOCAL_RANK" in os.environ
 
 
 def _is_task_of_slurm_launcher() -> bool:

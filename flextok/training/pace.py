@@ -40,8 +40,8 @@ class TrainingPace(Callback):
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._mark = None  # The first step warms up and does not count.
-        self._clock = FetchClock(trainer.profiler)
-        trainer.profiler = self._clock  # type: ignore[assignment]
+        self._clock = FetchClock(trainer.profiler)  # type: ignore[attr-defined]
+        trainer.profiler = self._clock  # type: ignore[attr-defined]
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if self._mark is not None:
@@ -55,7 +55,8 @@ class TrainingPace(Callback):
             self._mark = self._now(trainer.global_step)
         elif is_logged(trainer) and trainer.global_step > self._mark.step:
             now = self._now(trainer.global_step)
-            pl_module.log_dict(self._numbers(trainer, _Work(*(b - a for a, b in zip(self._mark, now, strict=True)))))
+            since = _Work._make(b - a for a, b in zip(self._mark, now, strict=True))
+            pl_module.log_dict(self._numbers(trainer, since))
             self._mark = now
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -63,7 +64,7 @@ class TrainingPace(Callback):
             handle.remove()
         self._handles = []
         if self._clock is not None:
-            trainer.profiler = self._clock.profiler
+            trainer.profiler = self._clock.profiler  # type: ignore[attr-defined]
             self._clock = None
 
     def _now(self, step: int) -> "_Work":

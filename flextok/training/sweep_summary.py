@@ -82,9 +82,9 @@ def over_seeds(rows: Sequence[Row]) -> list[Row]:
     if all(len({row.get("seed") for row in group}) < 2 for group in groups.values()):
         return []
     summary = []
-    for setting, group in groups.items():
+    for pairs, group in groups.items():
         completed = [row for row in group if row["status"] == "completed"]
-        entry: Row = {**dict(setting), "runs": len(completed)}
+        entry: Row = {**dict(pairs), "runs": len(completed)}
         for name in METRICS:
             values = [row[name] for row in completed if row.get(name) is not None]
             if values:
@@ -138,7 +138,8 @@ def _row(folder: Path) -> Row:
     settings = {name: value for name, _, value in pairs if name.partition(".")[0] not in _NOT_SETTINGS}
     status = json.loads((folder / STATUS).read_text()) if (folder / STATUS).exists() else {"status": "unfinished"}
     metrics = last_metrics(folder)
-    known = {name: metrics.get(name) for name in ("step", *METRICS)} | _evaluated(folder)
+    step = int(metrics["step"]) if "step" in metrics else None
+    known = {"step": step} | {name: metrics.get(name) for name in METRICS} | _evaluated(folder)
     return {"run": folder.name, **settings, "status": status["status"], **known, "error": status.get("error")}
 
 

@@ -134,15 +134,9 @@ def test_data_loading_takes_images_of_ones_own(run, monkeypatch, tmp_path):
 SMALL_LOOP = replace(
     training_loop.WORKLOADS["digits"],
     overrides=(
-        *(
-            "model=tiny",
-            "data.batch_size=8",
-            "size.encoder_depth=1",
-            "size.decoder_depth=1",
-            "trainer.log_every_n_steps=2",
-        ),
+        *("model=tiny", "data.batch_size=8", "size.encoder_depth=1", "size.decoder_depth=1"),
         *("size.encoder_width=32", "size.decoder_width=32", "optimizer.warmup_steps=1", "latent.channels=1"),
-        *("size.intermediate_layer=0"),
+        *("size.intermediate_layer=0", "trainer.log_every_n_steps=2"),
     ),
     num_latents=40,
     steps=3,

@@ -24,7 +24,7 @@ from flextok.model.data_dict import RNG_KEY
 from flextok.training.run import build, run
 from tests.data_modules.images import spoil, write_images
 from tests.support import RECORDED, REPOSITORY
-from tests.training.support import SMALL, small_config
+from tests.training.support import SMALL, repeatable, small_config
 
 DIGITS = ("vae=pixel", "data=digits", "latent.channels=1", "latent.mean=-0.39", "latent.std=0.75")
 LATENT = {"channels": 1, "downsample": 1, "mean": -0.39, "std": 0.75}
@@ -347,10 +347,6 @@ def from_latents(folder, root, *overrides):
     return small_config(folder, *data, *latent, *overrides)
 
 
-def without_pace(numbers):
-    return {name: value for name, value in numbers.items() if "second" not in name}
-
-
 def test_training_and_validation_give_the_numbers_of_images(digits_folder, tmp_path):
     short = ("trainer.max_steps=2", "trainer.val_check_interval=2", "optimizer.total_steps=2")
     short += ("optimizer.warmup_steps=0",)
@@ -359,7 +355,7 @@ def test_training_and_validation_give_the_numbers_of_images(digits_folder, tmp_p
     latent = [word for word in DIGITS if word.startswith("latent")]
     ours = run(config)
     theirs = run(small_config(tmp_path / "images", *latent, *short))
-    assert without_pace(ours) == without_pace(theirs)
+    assert repeatable(ours) == repeatable(theirs)
     assert "train/loss" in ours
     assert "val/flow_loss" in ours
     assert (tmp_path / "latents/pictures/step_000002.png").exists()
@@ -372,7 +368,7 @@ def test_an_interrupted_run_continues_exactly(digits_folder, tmp_path):
     run(first)
     second = from_latents(tmp_path / "second", digits_folder)
     second.ckpt_path = str(tmp_path / "first")
-    assert without_pace(run(second)) == without_pace(whole)
+    assert repeatable(run(second)) == repeatable(whole)
 
 
 def test_the_vae_does_not_run(digits_folder, tmp_path, monkeypatch):

@@ -6,7 +6,7 @@ import pytest
 
 from flextok.cli import main
 from flextok.config import describe_error
-from flextok.data.image_folder import FolderImages
+from flextok.data.image_source import SquareImages
 from flextok.training.run import run
 from tests.data_modules.images import spoil, write_images
 from tests.faults.support import At, steps_on_disk
@@ -64,7 +64,7 @@ def test_a_worker_that_fails_for_another_reason_says_which(tmp_path, monkeypatch
     def fail(dataset, index):
         raise KeyError("no such image")
 
-    monkeypatch.setattr(FolderImages, "__getitem__", fail)
+    monkeypatch.setattr(SquareImages, "__getitem__", fail)
     with pytest.raises(KeyError, match="no such image"):
         run(on_images(tmp_path / "run", images, "trainer.num_sanity_val_steps=0"))
 

@@ -78,12 +78,17 @@ def run_with(cfg: DictConfig, callback: Any) -> dict[str, float]:
 
 def rows(folder: Path) -> list[dict[str, str]]:
     """The rows of `metrics.csv` without those numbers that no two runs share."""
-    not_repeatable = (
+    with (folder / "metrics.csv").open() as file:
+        return [repeatable(row) for row in csv.DictReader(file)]
+
+
+def repeatable(numbers: dict[str, Any]) -> dict[str, Any]:
+    """Those numbers of a run that depend on its config alone."""
+    of_the_machine = (
         *("train/images_per_second", "train/tokens_per_second", "train/step_seconds", "train/data_wait_share"),
         "memory/host_peak_gib",
     )
-    with (folder / "metrics.csv").open() as file:
-        return [{k: v for k, v in row.items() if k not in not_repeatable} for row in csv.DictReader(file)]
+    return {name: value for name, value in numbers.items() if name not in of_the_machine}
 
 
 def assert_same_result(folder: Path, expected: Path) -> None:

@@ -1,5 +1,6 @@
 """Training with several processes: one folder, one result, whatever kills it."""
 
+import csv
 import os
 import signal
 import subprocess
@@ -192,10 +193,10 @@ def test_more_processes_than_the_trainer_uses_are_refused(trainer, monkeypatch):
         distributed.check_launch(trainer)
 
 
-def test_a_sweep_is_refused_unless_each_run_is_one_process(trainer, monkeypatch):
+def test_a_sweep_in_which_each_process_would_start_all_runs_is_refused(trainer, monkeypatch):
     hydra_config = SimpleNamespace(initialized=lambda: True, get=lambda: SimpleNamespace(mode=RunMode.MULTIRUN))
     monkeypatch.setattr(distributed, "HydraConfig", hydra_config)
-    with pytest.raises(ValueError, match=r"^trainer.devices=2 .* cannot be used in a sweep .*; valid: one command per"):
+    with pytest.raises(ValueError, match=r"^trainer.devices=2 .* cannot be used in this sweep .*; valid: one machine"):
         distributed.check_launch(trainer)
     monkeypatch.setenv("SUBMITIT_EXECUTOR", "slurm")  # There each process is a task of one run.
     distributed.check_launch(trainer)
@@ -264,10 +265,17 @@ def runs_below(folder):
 
 
 @pytest.mark.slow
-def test_a_sweep_with_several_processes_per_run_is_refused(tmp_path):
-    errors = finish(start(sys.executable, "train.py", "-m", *FOUR_STEPS, "seed=0,1", f"paths.runs={tmp_path}"), code=2)
-    assert "valid: one command per run" in errors.splitlines()[-1]
-    assert runs_below(tmp_path) == []
+def test_a_sweep_with_several_processes_per_run_is_one_folder_with_one_run_per_setting(tmp_path):
+    sweep = ("data.batch_size=200,5000", f"hydra.sweep.dir={tmp_path / 'sweep'}", "optimized_metric=val/flow_loss")
+    errors = finish(start(sys.executable, "train.py", "-m", *FOUR_STEPS, *sweep), code=2)
+    assert "ended with exit code 2; its messages are above" in errors
+    assert "data.batch_size is 5000" in errors
+    finish(start(sys.executable, "train.py", *FOUR_STEPS, f"hydra.run.dir={tmp_path / 'alone'}"))
+    assert sorted(path.name for path in (tmp_path / "sweep").iterdir() if path.is_dir()) == ["0", "1"]
+    assert largest_difference(load(tmp_path / "sweep/0")["state_dict"], load(tmp_path / "alone")["state_dict"]) == 0.0
+    with (tmp_path / "sweep/summary.csv").open(newline="") as file:
+        first, second = csv.DictReader(file)
+    assert (first["status"], first["step"], second["status"]) == ("completed", "4", "failed")
 
 
 @pytest.mark.slow

@@ -17,7 +17,7 @@ NOT_HERE = {"memory/gpu_peak_allocated_gib", "memory/gpu_peak_reserved_gib", "tr
 def columns(tmp_path_factory):
     """The columns of metrics.csv of a run with everything the table knows."""
     folder = tmp_path_factory.mktemp("monitored")
-    everything = ("objective=prefix_and_full", "optimizer.lr_scales={encoder: 0.5}", "callbacks.pace.peak_flops=1e12")
+    everything = ("objective=prefix_and_full", "+optimizer.lr_scales.encoder=0.5", "callbacks.pace.peak_flops=1e12")
     sizes = ("size.registers=16", "size.null_condition_prob=0.3", "data.batch_size=200", "callbacks.pictures=null")
     run(small_config(folder, *everything, *sizes, "trainer.max_steps=4"))
     with (folder / "metrics.csv").open(newline="") as file:
@@ -32,7 +32,7 @@ def columns(tmp_path_factory):
 def patterns() -> dict[str, str]:
     """A regular expression for each name of the table; `<...>` stands for a number or a word."""
     text = (REPOSITORY / "docs/monitoring.md").read_text()
-    names = re.findall(r"^\| `([^`]+)` \| [^|]* \| [^|]* \| [^|]* \|$", text, flags=re.MULTILINE)
+    names = re.findall(r"^\| `([^`]+)` \|[^|]*\|[^|]*\|[^|]*\|$", text, flags=re.MULTILINE)
     # A bucket of one number has no second.
     return {name: re.sub(r"<\w+>", r"[\\w.]+", name.replace("-<to>", "(-<to>)?")) for name in names}
 
