@@ -95,6 +95,9 @@ def _check_precision(cfg: DictConfig) -> None:
     precision = setting(cfg, "trainer.precision")
     if precision is not None and str(precision) not in PRECISIONS:
         refuse("trainer.precision", precision, ", ".join(PRECISIONS))
+    strategy = setting(cfg, "trainer.strategy._target_")
+    if strategy is not None and strategy.endswith("ShardedStrategy") and str(precision) in ("16-mixed", "16"):
+        refuse("trainer.precision", precision, "bf16-mixed or 32-true with trainer=fsdp, which has no loss scaler")
     if str(precision) in ("16-mixed", "16") and setting(cfg, "optimizer.fused"):
         # It unscales gradients in its own step: before, they cannot be clipped or measured.
         refuse("optimizer.fused", True, f"false where trainer.precision={precision}")

@@ -6,6 +6,7 @@ in whatever form a backend wants, so nothing of size tokens x tokens is built un
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any, Literal, NamedTuple, TypeVar, get_args
 
 import numpy as np
@@ -58,7 +59,6 @@ class SequenceLayout:
     """True if all samples have the same sub-sequence lengths."""
     visible_lengths: tuple[int, ...] = field(init=False, repr=False, compare=False)
     """Per sample, how many of its tokens nested dropout leaves visible: hidden ones are at its end."""
-    _derived: dict[tuple[str, torch.device], Any] = field(init=False, repr=False, compare=False, default_factory=dict)
 
     def __post_init__(self) -> None:
         if self.mode not in get_args(MaskMode):
@@ -77,6 +77,11 @@ class SequenceLayout:
         object.__setattr__(self, "visible_lengths", tuple(self._visible()))
         if self.total is not None and self.total < self.num_tokens:
             raise ValueError(f"{self.num_tokens} tokens do not fit in a packed row of {self.total}")
+
+    @cached_property
+    def _derived(self) -> dict[tuple[str, torch.device], Any]:
+        # No field: FSDP2 goes through those of a block's inputs, and a plan in here holds this layout.
+        return {}
 
     def _visible(self) -> Iterator[int]:
         for row, keep in zip(self.lengths, self.keep_last or [None] * len(self.lengths), strict=True):

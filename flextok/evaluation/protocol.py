@@ -27,6 +27,8 @@ def build_protocol(
     attention_backends: Sequence[str],
 ) -> dict[str, Any]:
     """The `protocol` of `metrics.json`."""
+    from flextok.training.sharded_checkpoint import META
+
     return {
         "split": settings.split,
         "num_images": sweep.num_images,
@@ -46,7 +48,8 @@ def build_protocol(
         "batch_size": settings.batch_size,
         "checkpoint": _shown(checkpoint),
         "weights_file": weights_file.name,
-        "weights_sha256": sha256(weights_file),
+        # Of a checkpoint that is a folder: its `meta.pt` holds the sums of all its files.
+        "weights_sha256": sha256(weights_file / META if weights_file.is_dir() else weights_file),
         "git_revision": git_revision(),
         "versions": {"python": platform.python_version(), **package_versions()},
         "device": device_name(device),

@@ -93,13 +93,17 @@ def find_source(checkpoint: str, *, runs: Path) -> ModelSource:
     if checkpoint == "latest":
         newest = latest_run(runs)
         return ModelSource(path=newest, kind="run", run_folder=newest)
+    from flextok.training.checkpoints import run_folder_of
     from flextok.training.run_folder import CONFIG
+    from flextok.training.sharded_checkpoint import is_sharded_checkpoint
 
     path = Path(checkpoint)
     if not path.exists():
         raise ValueError(f"checkpoint={checkpoint}: does not exist; valid are {VALID}")
     # Links are followed: a `best.ckpt` that points into a run belongs to that run.
     path = path.resolve()
+    if is_sharded_checkpoint(path):
+        return ModelSource(path=path, kind="checkpoint", run_folder=run_folder_of(path))
     if path.is_dir():
         if (path / CONFIG).is_file():
             return ModelSource(path=path, kind="run", run_folder=path)
@@ -108,8 +112,6 @@ def find_source(checkpoint: str, *, runs: Path) -> ModelSource:
     elif path.suffix == ".safetensors":
         return ModelSource(path=path, kind="file", run_folder=None)
     elif path.suffix == ".ckpt":
-        from flextok.training.checkpoints import run_folder_of
-
         return ModelSource(path=path, kind="checkpoint", run_folder=run_folder_of(path))
     raise ValueError(f"checkpoint={checkpoint}: not a model; valid are {VALID}")
 
@@ -129,5 +131,5 @@ def _load_from_run(file: Path, weights: Literal["ema", "raw"]) -> tuple[Any, str
     from flextok.training.ema import CHECKPOINT_KEY
 
     model, _ = load_run(file, weights=weights)
-    has_average = CHECKPOINT_KEY in read_checkpoint(file)
+    has_average = CHECKPOINT_KEY in read_checkpoint(file, values=False)
     return model, weights if has_average else "raw"

@@ -2,14 +2,16 @@
 
 import os
 import shutil
-from collections.abc import Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 import torch
 from lightning.pytorch.plugins import TorchCheckpointIO
 from torch import Tensor
+
+from flextok.training.sharded_checkpoint import is_sharded_checkpoint, read_sharded
 
 LAST = "last.ckpt"
 PREVIOUS = "previous.ckpt"
@@ -41,44 +43,74 @@ class DurableCheckpointIO(TorchCheckpointIO):
             CheckpointNotWritten: a full disk, a folder that cannot be written to, or another refusal of the system.
         """
         path = Path(path)
-        # Always the same name: what a killed run leaves is overwritten by the next.
-        temporary = path.with_name(f".{path.name}.tmp")
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            with temporary.open("wb") as file:
-                torch.save(checkpoint, file)
-                file.flush()
-                os.fsync(file.fileno())
-            put_in_place(temporary, path)
-            _wait_for_folder(path.parent)
-        except (OSError, RuntimeError) as error:
-            reason = _refusal(error)
-            if reason is None:
-                raise
-            raise _not_written(path, reason, num_bytes(checkpoint)) from error
-        finally:
-            with suppress(NotADirectoryError):  # Where the folder is a file, there is nothing to remove.
-                temporary.unlink(missing_ok=True)
+        temporary = beside(path)
+        with refusals_explained(path, checkpoint):
+            try:
+                path.parent.mkdir(parents=True, exist_ok=True)
+                with temporary.open("wb") as file:
+                    torch.save(checkpoint, file)
+                    file.flush()
+                    os.fsync(file.fileno())
+                put_in_place(temporary, path)
+            finally:
+                with suppress(NotADirectoryError):  # Where the folder is a file, there is nothing to remove.
+                    temporary.unlink(missing_ok=True)
+
+    def load_checkpoint(self, path: str | Path, map_location: Any = "cpu", weights_only: bool | None = None) -> Any:
+        if is_sharded_checkpoint(Path(path)):
+            return read_sharded(Path(path))  # Of a run that was sharded, as this one is not.
+        return super().load_checkpoint(path, map_location, weights_only)
+
+
+def beside(path: Path) -> Path:
+    """Where a checkpoint is written. Always the same name: what a killed run leaves is replaced by the next."""
+    return path.with_name(f".{path.name}.tmp")
 
 
 def put_in_place(written: Path, path: Path) -> None:
     """Move a new checkpoint, a file or a folder, to its place; a `last.ckpt` that is there becomes `previous.ckpt`.
 
-    Whenever it is killed, the checkpoint it replaces is there under one of the names, or the new one is.
+    Whenever it is killed, the checkpoint it replaces is there under one of the names, or the new one is. (Of folders
+    with another name, such as `best.ckpt`, none may be; `last.ckpt` is untouched then.)
     """
-    if path.name != LAST:
-        _remove_folder(path)
+    if path.name == LAST:
+        _replace_last(written, path)
+    else:
+        if path.is_dir() or written.is_dir():
+            remove(path)
         written.replace(path)
-        return
+    _wait_for_folder(path.parent)
+
+
+def _replace_last(written: Path, path: Path) -> None:
     previous, oldest = path.with_name(PREVIOUS), path.with_name(_OLDEST)
     # Not earlier than there is something in its stead: after damage, `previous.ckpt` may be the only whole one.
     if path.exists():
         if previous.exists():
-            _remove(oldest)
+            remove(oldest)
             previous.rename(oldest)
         path.rename(previous)
     written.rename(path)
-    _remove(oldest)
+    remove(oldest)
+
+
+def remove(path: Path) -> None:
+    """Remove a checkpoint, a file or a folder, if there is one."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    path.unlink(missing_ok=True)
+
+
+@contextmanager
+def refusals_explained(path: Path, checkpoint: Mapping[str, Any]) -> Iterator[None]:
+    """Raise what the system refuses to the block as `CheckpointNotWritten`, which says how to go on."""
+    try:
+        yield
+    except (OSError, RuntimeError) as error:
+        reason = _refusal(error)
+        if reason is None:
+            raise
+        raise _not_written(path, reason, num_bytes(checkpoint)) from error
 
 
 def num_bytes(content: Any) -> int:
@@ -122,13 +154,3 @@ def _wait_for_folder(folder: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
-
-
-def _remove(path: Path) -> None:
-    _remove_folder(path)
-    path.unlink(missing_ok=True)
-
-
-def _remove_folder(path: Path) -> None:
-    if path.is_dir() and not path.is_symlink():
-        shutil.rmtree(path)

@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Any, Literal
 
 import hydra
-import torch
 from omegaconf import DictConfig, OmegaConf
 from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh
 from yaml import YAMLError
 
 from flextok.flextok_wrapper import FlexTok
@@ -18,6 +18,7 @@ from flextok.training.checkpoint_files import NEWEST_FIRST, is_regular
 from flextok.training.ema import CHECKPOINT_KEY
 from flextok.training.optim import belongs_to
 from flextok.training.run_folder import CHECKPOINTS, CONFIG
+from flextok.training.sharded_checkpoint import is_sharded_checkpoint, read_file, read_sharded
 from flextok.utils.config_safety import sanitize_hydra_config
 from flextok.utils.instantiate import build_model
 
@@ -89,23 +90,24 @@ def check_same_weights(
         )
 
 
-def read_newest(path: str | Path) -> tuple[Path, dict[str, Any]]:
+def read_newest(path: str | Path, *, values: bool = True) -> tuple[Path, dict[str, Any]]:
     """Return the checkpoint a path means, and its content: the file itself, or the newest whole one of a run folder.
 
-    Those that the run wrote regularly come first, then its best. Each that is newer but damaged is a warning.
+    Those that the run wrote regularly come first, then its best. Each that is newer but damaged is a warning. `values`
+    as for `read_checkpoint`: with or without, all of a checkpoint is verified.
 
     Raises ValueError, saying what is wrong with each, if none can be read.
     """
     path = Path(path).expanduser()
-    if path.is_file():
-        return path, read_checkpoint(path)
+    if path.is_file() or is_sharded_checkpoint(path):
+        return path, read_checkpoint(path, values=values)
     files = _checkpoints_in(path / CHECKPOINTS)
     if not files:
         raise ValueError(f"{path}: no checkpoint; valid: a .ckpt file, or a run folder with {CHECKPOINTS}/*.ckpt")
     damages: list[str] = []
     for file in files:
         try:
-            checkpoint = _read(file)
+            checkpoint = _read(file, values=values)
         except _Damaged as error:
             damages.append(str(error))
             continue
@@ -117,16 +119,19 @@ def read_newest(path: str | Path) -> tuple[Path, dict[str, Any]]:
 
 def checkpoint_of_run(path: str | Path) -> Path:
     """Return the file of `read_newest`, which see."""
-    return read_newest(path)[0]
+    return read_newest(path, values=False)[0]
 
 
-def read_checkpoint(file: Path) -> dict[str, Any]:
-    """Load a checkpoint without running code from it; tensors stay on disk until they are used.
+def read_checkpoint(file: Path, *, values: bool = True, mesh: DeviceMesh | None = None) -> dict[str, Any]:
+    """Load a checkpoint without running code from it; tensors of a file stay on disk until they are used.
+
+    Those of a sharded one are read whole, or with a mesh what this process is due of them; without `values` they are
+    on the meta device instead, shapes alone.
 
     Raises ValueError, with what to do, if it is cut short or damaged anywhere.
     """
     try:
-        return _read(file)
+        return _read(file, values=values, mesh=mesh)
     except _Damaged as error:
         others = [other.name for other in _checkpoints_in(file.parent) if other != file]
         hint = f"others here: {', '.join(others)}" if others else "there is no other in its folder"
@@ -137,7 +142,7 @@ def read_checkpoint(file: Path) -> dict[str, Any]:
 
 def run_folder_of(path: Path) -> Path | None:
     """Return the run a folder is or a checkpoint lies in, or None for a checkpoint on its own."""
-    folders = [path] if path.is_dir() else path.resolve().parents[:2]
+    folders = [path] if path.is_dir() and not is_sharded_checkpoint(path) else path.resolve().parents[:2]
     return next((folder for folder in folders if (folder / CONFIG).is_file()), None)
 
 
@@ -153,7 +158,7 @@ def run_config(path: Path, checkpoint: Mapping[str, Any] | None = None) -> DictC
         except (OSError, ValueError, YAMLError) as error:
             reason = " ".join(str(error).split())
             logger.warning("%s is damaged (%s): taking the copy in the checkpoint", folder / CONFIG, reason)
-    carried = (checkpoint or read_newest(path)[1]).get("hyper_parameters")
+    carried = (checkpoint or read_newest(path, values=False)[1]).get("hyper_parameters")
     return _checked(OmegaConf.create(carried if isinstance(carried, dict) else {}), path)
 
 
@@ -169,14 +174,9 @@ class _Damaged(ValueError):
     """A file that is no whole checkpoint."""
 
 
-def _read(file: Path) -> dict[str, Any]:
+def _read(file: Path, *, values: bool, mesh: DeviceMesh | None = None) -> dict[str, Any]:
     try:
-        # Loading checks no sums: flipped bits would become weights.
-        with zipfile.ZipFile(file) as archive:
-            damaged = archive.testzip()
-        if damaged is not None:
-            raise zipfile.BadZipFile(f"wrong checksum of {damaged}")
-        checkpoint = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
+        checkpoint = read_sharded(file, values=values, mesh=mesh) if file.is_dir() else read_file(file)
         if not isinstance(checkpoint, dict):
             raise TypeError(f"it holds a {type(checkpoint).__name__}")
         return checkpoint

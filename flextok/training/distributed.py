@@ -5,6 +5,7 @@ once: there rank 0 chooses the folder, and the others are told.
 """
 
 import os
+from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -79,8 +80,8 @@ def check_launch(trainer: "Trainer") -> None:
     if started != devices * nodes:
         raise ValueError(
             f"torchrun started {started} processes, but trainer.devices={devices} with trainer.num_nodes={nodes} "
-            f"makes {devices * nodes}; valid: trainer=ddp, ddp_cpu or multi_node, with trainer.devices the "
-            "--nproc-per-node and trainer.num_nodes the --nnodes of torchrun"
+            f"makes {devices * nodes}; valid: trainer=ddp, multi_node, fsdp, ddp_cpu or fsdp_cpu, with trainer.devices "
+            "the --nproc-per-node and trainer.num_nodes the --nnodes of torchrun"
         )
 
 
@@ -122,6 +123,25 @@ def of_all_ranks(value: T) -> list[T]:
     values = [value] * dist.get_world_size()
     dist.all_gather_object(values, value)
     return values
+
+
+def by_rank_zero(work: Callable[[], None]) -> None:
+    """Let rank 0 write something while the others wait, and fail on all of them if it cannot; call it on every rank.
+
+    Raises:
+        OSError, RuntimeError: what rank 0 met.
+    """
+    import torch.distributed as dist
+
+    failure: Exception | None = None
+    if dist.get_rank() == 0:
+        try:
+            work()
+        except (OSError, RuntimeError) as error:
+            failure = error
+    of_first = of_all_ranks(failure)[0]
+    if of_first is not None:
+        raise failure or of_first
 
 
 def _quietly(rank: int) -> list[str]:

@@ -8,6 +8,7 @@ from lightning import Callback, LightningModule, Trainer
 from torch import Tensor
 
 from flextok.training.progress import is_logged
+from flextok.training.shards import part_of, sharded_like
 
 logger = logging.getLogger(__name__)
 
@@ -46,7 +47,7 @@ class ExponentialMovingAverage(Callback):
         parameters = trainable(pl_module)
         if self.shadow:
             _check_same_parameters(self.shadow, parameters)
-            self.shadow = {name: self.shadow[name].to(p.device, torch.float32) for name, p in parameters.items()}
+            self.shadow = {name: sharded_like(self.shadow[name], p).float() for name, p in parameters.items()}
         else:
             self.shadow = {name: p.to(torch.float32, copy=True) for name, p in parameters.items()}
 
@@ -134,7 +135,7 @@ def _copies(parameters: dict[str, Tensor]) -> dict[str, Tensor]:
 
 def _overwrite(parameters: dict[str, Tensor], values: dict[str, Tensor]) -> None:
     # In place: compiled graphs and DDP hold on to the tensors themselves.
-    torch._foreach_copy_(list(parameters.values()), [values[name] for name in parameters])
+    torch._foreach_copy_([part_of(p) for p in parameters.values()], [part_of(values[name]) for name in parameters])
 
 
 def _check_same_parameters(stored: dict[str, Tensor], parameters: dict[str, Tensor]) -> None:

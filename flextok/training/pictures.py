@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import torch
 from lightning import Callback, LightningModule, Trainer
+from lightning.fabric.utilities import move_data_to_device
 from lightning.pytorch.loggers import TensorBoardLogger, WandbLogger
 from torch import Tensor
 
@@ -15,6 +16,7 @@ from flextok.flextok_wrapper import FlexTok
 from flextok.model.keep_k import default_keep_ks
 from flextok.pictures import image_grid, save_image
 from flextok.reconstruct import Encoded, decode_latents, decode_tokens
+from flextok.training.fsdp import ShardedStrategy
 from flextok.training.validation import encode_batch
 
 log = logging.getLogger(__name__)  # `logger` is what numbers and pictures go to.
@@ -67,18 +69,20 @@ class ReconstructionPictures(Callback):
 
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: Any) -> None:
         # Not at `on_validation_end`: the moving average of the weights is still in place here.
-        if trainer.sanity_checking or not self._keys:
+        if trainer.sanity_checking:
             return
-        model: FlexTok = pl_module.model
-        keep_ks = self.keep_ks or default_keep_ks(model.num_registers)
-        batch = {self._kind: torch.cat(self._entries), "key": self._keys}
-        encoded = encode_batch(model, batch, seed=self.seed)
-        originals = self._kind == "image"
-        with model.vae.loaded(pl_module.device):
-            first = torch.cat(self._entries) if originals else decode_latents(model, encoded)
-            rows = reconstructions(model, encoded, keep_ks=keep_ks, seed=self.seed, **self.decode_options)
-        labelled = {f"{keep_k} of {model.num_registers}": row for keep_k, row in zip(keep_ks, rows, strict=True)}
-        grid = image_grid({"original" if originals else "latents": first, **labelled})
+        batch = {self._kind: torch.cat(self._entries), "key": self._keys} if self._keys else None
+        if isinstance(trainer.strategy, ShardedStrategy):
+            # Each rank has a part of the weights: all of them compute the pictures of rank 0, as they validate.
+            batch = trainer.strategy.broadcast(move_data_to_device(batch, "cpu"))
+            batch = move_data_to_device(batch, pl_module.device)
+            with trainer.precision_plugin.val_step_context():
+                rows = pl_module.call(self._rows, pl_module.model, batch) if batch else {}
+        else:
+            rows = self._rows(pl_module.model, batch) if batch else {}
+        if not rows or not trainer.is_global_zero:
+            return
+        grid = image_grid(rows)
         path = self.folder / f"step_{trainer.global_step:06d}.png"
         try:
             save_image(grid, path)
@@ -90,6 +94,16 @@ class ReconstructionPictures(Callback):
                 logger.experiment.add_image("reconstructions", picture, trainer.global_step, dataformats="HWC")
             elif isinstance(logger, WandbLogger):
                 logger.log_image("pictures", [picture], step=trainer.global_step)
+
+    def _rows(self, model: FlexTok, batch: dict[str, Any]) -> dict[str, Tensor]:
+        """What the picture shows from top to bottom: a label and `[images, 3, height, width]` for each row."""
+        keep_ks = self.keep_ks or default_keep_ks(model.num_registers)
+        encoded = encode_batch(model, batch, seed=self.seed)
+        with model.vae.loaded(encoded.latents[0].device):
+            first = {"original": batch["image"]} if "image" in batch else {"latents": decode_latents(model, encoded)}
+            rows = reconstructions(model, encoded, keep_ks=keep_ks, seed=self.seed, **self.decode_options)
+        labels = [f"{keep_k} of {model.num_registers}" for keep_k in keep_ks]
+        return first | dict(zip(labels, rows, strict=True))
 
 
 def reconstructions(

@@ -19,16 +19,16 @@ Changes: TypeAlias = dict[str, tuple[Any, Any]]  # a setting: what it was, what 
 
 
 def checkpoint_to_resume(ckpt_path: str | None, folder: Path) -> tuple[Path, dict[str, Any]] | None:
-    """The checkpoint that a run in `folder` starts from, and its content, which is read and verified only once.
+    """The checkpoint that a run in `folder` starts from, and its content, of a sharded one only the shapes.
 
     `auto` is the newest whole one in that folder, if there is one.
     """
     has_checkpoints = any((folder / CHECKPOINTS).glob("*.ckpt"))
     if ckpt_path == AUTO:
-        return read_newest(folder) if has_checkpoints else None
+        return read_newest(folder, values=False) if has_checkpoints else None
     if ckpt_path is None and has_checkpoints:
         logger.warning("a new run replaces the one in %s; ckpt_path=auto would go on with it", folder)
-    return None if ckpt_path is None else read_newest(ckpt_path)
+    return None if ckpt_path is None else read_newest(ckpt_path, values=False)
 
 
 def check_resume(cfg: DictConfig, resume_from: Path, checkpoint: dict[str, Any], module: LightningModule) -> None:

@@ -1,22 +1,25 @@
 """The LightningModule of a tokenizer: wires model, objective and optimizer, and computes nothing itself."""
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, ParamSpec, TypeVar
 
 import torch
 from lightning import LightningModule
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
 from flextok.flextok_wrapper import FlexTok
 from flextok.model.data_dict import RNG_KEY, DataDict
 from flextok.model.keep_k import default_keep_ks
+from flextok.training.fsdp import ShardedStrategy
 from flextok.training.objective import PASSES_KEY
 from flextok.training.progress import log_interval
 from flextok.training.randomness import training_generator
+from flextok.training.shards import total_norm
 from flextok.training.validation import encode_batch, flow_losses, model_inputs
 
+P = ParamSpec("P")
+T = TypeVar("T")
 Objective = Callable[[FlexTok, DataDict], dict[str, Tensor]]
 
 
@@ -49,6 +52,10 @@ class TokenizerModule(LightningModule):
         """What the last training step left for callbacks: `PASSES_KEY`, if the objective writes it, and the tokens."""
         self._gradient_norm: Tensor | None = None
 
+    def configure_model(self) -> None:
+        if isinstance(self.trainer.strategy, ShardedStrategy):
+            self.trainer.strategy.shard(self)
+
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
         rng = training_generator(
             self.seed,
@@ -63,6 +70,10 @@ class TokenizerModule(LightningModule):
         self.log_dict({names.get(name, f"train/{name}"): loss.detach() for name, loss in losses.items()})
         return losses["total"]
 
+    def on_validation_start(self) -> None:
+        if isinstance(self.trainer.strategy, ShardedStrategy):
+            self.trainer.strategy.check_validation(self.trainer.num_val_batches)
+
     def validation_step(self, batch: dict[str, Any], batch_idx: int) -> None:
         encoded = encode_batch(self.model, batch, seed=self.seed)
         losses = flow_losses(
@@ -72,6 +83,10 @@ class TokenizerModule(LightningModule):
         named["val/flow_loss"] = losses.mean()
         self.log_dict(named, batch_size=len(encoded.keys), sync_dist=True)
 
+    def call(self, function: Callable[P, T], *args: P.args, **options: P.kwargs) -> T:
+        """What a function that uses the model returns; where weights are sharded, all processes have to call it."""
+        return function(*args, **options)
+
     def on_after_backward(self) -> None:
         self._gradient_norm = None
 
@@ -79,8 +94,7 @@ class TokenizerModule(LightningModule):
         """The norm over all gradients before clipping, a scalar on their device; computed once in a step."""
         if self._gradient_norm is None:
             parameters = _parameters(optimizer)
-            norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
-            self._gradient_norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
+            self._gradient_norm = total_norm([p.grad for p in parameters if p.grad is not None])
         return self._gradient_norm
 
     def on_before_optimizer_step(self, optimizer: Optimizer) -> None:

@@ -1,15 +1,28 @@
-"""A run of a few steps on the embedded digits."""
+"""A run of a few steps on the embedded digits, in one process or several, and what may happen to it."""
 
 import csv
+import faulthandler
+import logging
+import multiprocessing
+import os
+import signal
 from pathlib import Path
 from typing import Any
 from unittest import mock
+from zlib import crc32
 
 import torch
+from lightning import Callback
 from omegaconf import DictConfig, OmegaConf
 
 from flextok.config import compose
+from flextok.model.data_dict import RNG_KEY
+from flextok.seeding import mixed_seed
 from flextok.training import run as run_module
+from flextok.training.checkpoints import read_checkpoint
+from flextok.training.objective import RectifiedFlowObjective
+
+PATIENCE = 180  # seconds after which processes hang, rather than being slow
 
 # Three batches per epoch, so that a dozen steps cross several ends of an epoch.
 SMALL = (
@@ -47,7 +60,7 @@ def small_config(folder: Path, *overrides: str) -> DictConfig:
 
 
 def load(folder: Path, name: str = "last.ckpt") -> dict[str, Any]:
-    return torch.load(folder / "checkpoints" / name, weights_only=True)
+    return read_checkpoint(folder / "checkpoints" / name)
 
 
 def run_with(cfg: DictConfig, callback: Any) -> dict[str, float]:
@@ -98,3 +111,68 @@ def largest_difference(a: Any, b: Any) -> float:
         return abs(a - b)
     assert a == b
     return 0.0
+
+
+class DrawsOfEachImage(RectifiedFlowObjective):
+    """Feeds the random numbers in: each image has its own, whichever process it is in."""
+
+    def __call__(self, model, data):
+        images = data[model.vae.images_read_key]
+        seeds = [mixed_seed(crc32(image.contiguous().numpy().tobytes())) for image in images]
+        return super().__call__(model, {**data, RNG_KEY: [torch.Generator().manual_seed(seed) for seed in seeds]})
+
+
+class KillAt(Callback):
+    """Every process of the run dies without a word."""
+
+    def __init__(self, step):
+        self.step = step
+
+    def on_train_batch_start(self, trainer, *args):
+        if trainer.global_step == self.step:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+
+def task_of_slurm(rank, world_size):
+    """What srun tells a task. Lightning reads it, and knows that it need not start processes."""
+    return {
+        **{"SLURM_JOB_ID": "4242", "SLURM_JOB_NAME": "train", "SLURM_NNODES": "1", "SLURM_NODELIST": "localhost"},
+        **{"SLURM_NTASKS": str(world_size), "SLURM_NTASKS_PER_NODE": str(world_size), "SLURM_NODEID": "0"},
+        **{"SLURM_PROCID": str(rank), "SLURM_LOCALID": str(rank)},
+    }
+
+
+def process(rank, world_size, port, folder, overrides, under_slurm):
+    # Where it hangs, if it does.
+    faulthandler.dump_traceback_later(PATIENCE - 20, file=(folder / f"rank_{rank}.hang").open("w"))
+    tells = task_of_slurm(rank, world_size) if under_slurm else {"LOCAL_RANK": str(rank)}
+    os.environ.update(tells, MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    torch.set_num_threads(1)
+    logging.basicConfig(filename=folder / f"rank_{rank}.log", level=logging.INFO)
+    run_module.run(small_config(folder, *overrides, f"trainer.devices={world_size}"))
+
+
+def launch(folder, *overrides, world_size=2, under_slurm=False):
+    """Run so many processes to their end and return their exit codes.
+
+    They are forked from a process that has imported everything, and so start at once.
+    """
+    from lightning.fabric.plugins.environments.lightning import find_free_network_port
+
+    folder.mkdir(exist_ok=True)
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["flextok.training.run"])
+    port = find_free_network_port()
+    processes = [
+        context.Process(target=process, args=(rank, world_size, port, folder, overrides, under_slurm))
+        for rank in range(world_size)
+    ]
+    for each in processes:
+        each.start()
+    for each in processes:
+        each.join(timeout=PATIENCE)
+    hanging = [each for each in processes if each.is_alive()]
+    for each in hanging:
+        each.kill()
+    assert not hanging, f"{len(hanging)} processes hang; see {folder}/rank_*.log and rank_*.hang"
+    return [each.exitcode for each in processes]

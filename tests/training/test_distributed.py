@@ -1,8 +1,6 @@
 """Training with several processes: one folder, one result, whatever kills it."""
 
 import csv
-import logging
-import multiprocessing
 import os
 import signal
 import subprocess
@@ -10,7 +8,6 @@ import sys
 import time
 from pathlib import Path
 from types import SimpleNamespace
-from zlib import crc32
 
 import pytest
 import torch
@@ -18,31 +15,21 @@ from hydra.types import RunMode
 from lightning import Callback
 
 from flextok.model.data_dict import RNG_KEY
-from flextok.seeding import mixed_seed
 from flextok.training import distributed
-from flextok.training.objective import RectifiedFlowObjective
 from flextok.training.preemption import EXIT_CODE
 from flextok.training.random_states import collect_random_states
 from flextok.training.randomness import training_generator
 from flextok.training.run import build, run
 from tests.support import REPOSITORY
-from tests.training.support import SMALL, largest_difference, load, small_config
+from tests.training.support import SMALL, largest_difference, launch, load, small_config
 from tests.training.test_preemption import signal_at
 
 HERE = "tests.training.test_distributed"
+SUPPORT = "tests.training.support"
 TWO = ("trainer=ddp_cpu", "data.batch_size=200", "callbacks.pictures=null", "callbacks.last.every_n_steps=2")
 
 
 # --- what the processes run -------------------------------------------------------------------------------------------
-
-
-class DrawsOfEachImage(RectifiedFlowObjective):
-    """Feeds the random numbers in: each image has its own, whichever process it is in."""
-
-    def __call__(self, model, data):
-        images = data[model.vae.images_read_key]
-        seeds = [mixed_seed(crc32(image.contiguous().numpy().tobytes())) for image in images]
-        return super().__call__(model, {**data, RNG_KEY: [torch.Generator().manual_seed(seed) for seed in seeds]})
 
 
 def record_draws(model):
@@ -77,60 +64,6 @@ class SaveGradients(Callback):
         torch.save(gradients, self.folder / f"gradients_{trainer.global_rank}.pt")
 
 
-class KillAt(Callback):
-    """Every process of the run dies without a word."""
-
-    def __init__(self, step):
-        self.step = step
-
-    def on_train_batch_start(self, trainer, *args):
-        if trainer.global_step == self.step:
-            os.kill(os.getpid(), signal.SIGKILL)
-
-
-def task_of_slurm(rank, world_size):
-    """What srun tells a task. Lightning reads it, and knows that it need not start processes."""
-    return {
-        **{"SLURM_JOB_ID": "4242", "SLURM_JOB_NAME": "train", "SLURM_NNODES": "1", "SLURM_NODELIST": "localhost"},
-        **{"SLURM_NTASKS": str(world_size), "SLURM_NTASKS_PER_NODE": str(world_size), "SLURM_NODEID": "0"},
-        **{"SLURM_PROCID": str(rank), "SLURM_LOCALID": str(rank)},
-    }
-
-
-def process(rank, world_size, port, folder, overrides, under_slurm):
-    tells = task_of_slurm(rank, world_size) if under_slurm else {"LOCAL_RANK": str(rank)}
-    os.environ.update(tells, MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
-    torch.set_num_threads(1)
-    logging.basicConfig(filename=folder / f"rank_{rank}.log", level=logging.INFO)
-    run(small_config(folder, *overrides, f"trainer.devices={world_size}"))
-
-
-def launch(folder, *overrides, world_size=2, under_slurm=False):
-    """Run so many processes to their end and return their exit codes.
-
-    They are forked from a process that has imported everything, and so start at once.
-    """
-    from lightning.fabric.plugins.environments.lightning import find_free_network_port
-
-    folder.mkdir(exist_ok=True)
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["flextok.training.run"])
-    port = find_free_network_port()
-    processes = [
-        context.Process(target=process, args=(rank, world_size, port, folder, overrides, under_slurm))
-        for rank in range(world_size)
-    ]
-    for each in processes:
-        each.start()
-    for each in processes:
-        each.join(timeout=90)
-    hanging = [each for each in processes if each.is_alive()]
-    for each in hanging:
-        each.kill()
-    assert not hanging, f"{len(hanging)} processes hang; see {folder}/rank_*.log"
-    return [each.exitcode for each in processes]
-
-
 @pytest.fixture(scope="module")
 def undisturbed(tmp_path_factory):
     """The folder of a run of two processes; each wrote down what its steps drew."""
@@ -144,7 +77,7 @@ def undisturbed(tmp_path_factory):
 def killed(tmp_path_factory):
     """The folder of the same run, killed in step 6, two steps into its second epoch; it was saved after step 4."""
     folder = tmp_path_factory.mktemp("killed")
-    assert -signal.SIGKILL in launch(folder, *TWO, f"+callbacks.kill={{_target_: {HERE}.KillAt, step: 5}}")
+    assert -signal.SIGKILL in launch(folder, *TWO, f"+callbacks.kill={{_target_: {SUPPORT}.KillAt, step: 5}}")
     assert load(folder)["global_step"] == 4
     return folder
 
@@ -155,7 +88,7 @@ def killed(tmp_path_factory):
 def test_two_halves_of_a_batch_give_the_gradient_of_the_whole(tmp_path):
     def overrides(folder):
         return (
-            f"objective._target_={HERE}.DrawsOfEachImage",
+            f"objective._target_={SUPPORT}.DrawsOfEachImage",
             f"+callbacks.gradients={{_target_: {HERE}.SaveGradients, folder: {folder}}}",
             "trainer.max_steps=1",
             "callbacks.pictures=null",

@@ -1,6 +1,6 @@
 """Encoder and decoder trunks: a stack of blocks over the packed row."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from inspect import signature
 from typing import Any, get_args
 
@@ -171,6 +171,13 @@ def set_attention_backend(model: nn.Module, backend: BackendChoice) -> None:
             module.attention_backend = backend
 
 
+def trunk_blocks(model: nn.Module) -> Iterator[nn.Module]:
+    """The blocks of all trunks inside `model`."""
+    for module in model.modules():
+        if isinstance(module, _Trunk):
+            yield from module.blocks
+
+
 def compile_blocks(model: nn.Module, **options: Any) -> None:
     """Compile the blocks of all trunks inside `model`, each region alike, for rows of any length.
 
@@ -181,10 +188,8 @@ def compile_blocks(model: nn.Module, **options: Any) -> None:
     options.setdefault("dynamic", True)
     if "recompile_limit" in signature(torch.compile).parameters:  # torch 2.11 does not have it
         options.setdefault("recompile_limit", 16)
-    for module in model.modules():
-        if isinstance(module, _Trunk):
-            for block in module.blocks:
-                block.compile(**options)
+    for block in trunk_blocks(model):
+        block.compile(**options)
 
 
 class FlexTransformer(_Trunk):
