@@ -2,6 +2,7 @@
 
 import os
 import shutil
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -104,10 +105,11 @@ def remove(path: Path) -> None:
 @contextmanager
 def refusals_explained(path: Path, checkpoint: Mapping[str, Any]) -> Iterator[None]:
     """Raise what the system refuses to the block as `CheckpointNotWritten`, which says how to go on."""
+    before = sys.exception()  # Where an interrupted run is saved, it may be an OSError that has nothing to do with it.
     try:
         yield
     except (OSError, RuntimeError) as error:
-        reason = _refusal(error)
+        reason = _refusal(error, before)
         if reason is None:
             raise
         raise _not_written(path, reason, num_bytes(checkpoint)) from error
@@ -124,11 +126,13 @@ def num_bytes(content: Any) -> int:
     return 0
 
 
-def _refusal(error: BaseException | None) -> OSError | None:
+def _refusal(error: BaseException | None, before: BaseException | None) -> OSError | None:
     """The system's own words: torch, closing a file that it could not write, hides them behind words of its own."""
-    while error is not None and not isinstance(error, OSError):
+    while error is not None and error is not before:
+        if isinstance(error, OSError):
+            return error
         error = error.__cause__ or error.__context__
-    return error
+    return None
 
 
 def _not_written(path: Path, reason: OSError, needed: int) -> CheckpointNotWritten:

@@ -76,12 +76,15 @@ class RegularCheckpoint(Checkpoint):
             )
             return
         self._interrupted = True
+        self._signals.hold()  # The workers that are left end now, and torch takes each for one that died.
         try:
             trainer.save_checkpoint(self.folder / LAST, weights_only=False)
         except CheckpointNotWritten as error:
             # Not raised: the loggers still have to write what they hold, and the first error says why all this happens.
             logger.error("the last completed step is lost: %s", error)
             return
+        finally:
+            self._signals.forget()
         logger.info("interrupted; continue with ckpt_path=%s", self.folder / LAST)
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:

@@ -11,7 +11,12 @@ import pytest
 import torch
 
 from flextok.config import run_command
-from flextok.training.checkpoint_files import CheckpointNotWritten, DurableCheckpointIO, put_in_place
+from flextok.training.checkpoint_files import (
+    CheckpointNotWritten,
+    DurableCheckpointIO,
+    put_in_place,
+    refusals_explained,
+)
 from flextok.training.checkpoints import read_newest
 from flextok.training.run import run
 from tests.faults.support import (
@@ -167,3 +172,11 @@ def test_a_folder_takes_its_place_as_a_file_does(tmp_path):
         put_in_place(written, tmp_path / "last.ckpt")
     found = {path.name: (path / "step").read_text() for path in tmp_path.iterdir()}
     assert found == {"last.ckpt": "3", "previous.ckpt": "2"}
+
+
+def test_what_interrupted_a_run_is_not_taken_for_a_refusal_to_save_it(tmp_path):
+    try:
+        raise ConnectionResetError("a worker is gone")
+    except ConnectionResetError:
+        with pytest.raises(RuntimeError, match="of another kind"), refusals_explained(tmp_path / "last.ckpt", {}):
+            raise RuntimeError("of another kind")

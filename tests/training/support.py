@@ -174,5 +174,8 @@ def launch(folder, *overrides, world_size=2, under_slurm=False):
     hanging = [each for each in processes if each.is_alive()]
     for each in hanging:
         each.kill()
+    for file in folder.glob("rank_*.hang"):
+        if not file.stat().st_size:
+            file.unlink()
     assert not hanging, f"{len(hanging)} processes hang; see {folder}/rank_*.log and rank_*.hang"
     return [each.exitcode for each in processes]

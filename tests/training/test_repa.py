@@ -193,7 +193,11 @@ def test_two_processes_give_the_gradient_of_one_and_exchange_no_teacher(teacher_
     def overrides(folder):
         return (
             *("objective=repa", f"objective.repa.teacher={teacher_folder}", "objective.repa.hidden_dim=24"),
-            *(f"objective._target_={HERE}.DrawsOfEachImage", "trainer.max_steps=1", "callbacks.pictures=null"),
+            *(
+                "objective._target_=tests.training.support.DrawsOfEachImage",
+                "trainer.max_steps=1",
+                "callbacks.pictures=null",
+            ),
             f"+callbacks.gradients={{_target_: {HERE}.SaveGradients, folder: {folder}}}",
         )
 
