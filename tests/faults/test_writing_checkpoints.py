@@ -174,9 +174,13 @@ def test_a_folder_takes_its_place_as_a_file_does(tmp_path):
     assert found == {"last.ckpt": "3", "previous.ckpt": "2"}
 
 
+def fail():
+    raise RuntimeError("of another kind")
+
+
 def test_what_interrupted_a_run_is_not_taken_for_a_refusal_to_save_it(tmp_path):
     try:
         raise ConnectionResetError("a worker is gone")
     except ConnectionResetError:
         with pytest.raises(RuntimeError, match="of another kind"), refusals_explained(tmp_path / "last.ckpt", {}):
-            raise RuntimeError("of another kind")
+            fail()
