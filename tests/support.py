@@ -207,3 +207,28 @@ def _note_length(seen: list[int], is_first: bool, block: nn.Module, inputs: tupl
     if is_first:
         seen.append(inputs[0].shape[1])
     assert seen[-1] == inputs[0].shape[1]
+
+
+class Killed(BaseException):
+    """Nobody catches it, as nobody catches SIGKILL."""
+
+
+class Interruptions:
+    """Raises `Killed` after so many calls of any of the functions it may strike."""
+
+    def __init__(self, monkeypatch):
+        self.monkeypatch = monkeypatch
+        self.calls_left = 0
+
+    def may_strike(self, module, *names):
+        for name in names:
+            self.monkeypatch.setattr(module, name, self._breaking(getattr(module, name)))
+
+    def _breaking(self, function):
+        def broken(*args, **options):
+            self.calls_left -= 1
+            if self.calls_left < 0:
+                raise Killed
+            return function(*args, **options)
+
+        return broken

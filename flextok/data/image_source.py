@@ -8,9 +8,9 @@ from collections.abc import Sequence
 import torch
 from PIL import Image
 
+from flextok.data.flips import RandomFlips, mirrored
 from flextok.data.samples import ImageDataset, Index, Sample, epoch_and_number
 from flextok.data.transforms import DECODE_ERRORS, Encoded, decode, resize_shorter_center_crop, to_tensor
-from flextok.seeding import mixed_seed
 
 _log = logging.getLogger(__name__)
 
@@ -96,9 +96,8 @@ class SquareImages(ImageDataset):
         self.source = source
         self.numbers = numbers
         self.image_size = image_size
-        self.seed = seed
         self.is_training = is_training
-        self.flip = flip
+        self.flips = RandomFlips(flip, seed)
 
     def __len__(self) -> int:
         return len(self.numbers)
@@ -111,7 +110,7 @@ class SquareImages(ImageDataset):
         for offset in range(len(self)):
             sample = self._sample((number + offset) % len(self))
             if sample is not None:
-                return self._flip(sample) if self._draw(epoch, number) else sample
+                return mirrored(sample) if self.flips.draw(epoch, number) else sample
         raise ValueError(f"none of the {len(self)} training images in {self.source.where} can be read")
 
     def _sample(self, number: int) -> Sample | None:
@@ -123,23 +122,8 @@ class SquareImages(ImageDataset):
 
     def variant(self, number: int, variant: int) -> Sample | None:
         """The image itself or mirrored: a draw by seed and key for the first variant, and in turn for the others."""
-        sample = self._sample(number)
-        # Two variants are never equal, as two draws might be.
-        if sample is None or not self.flip or self._draw(sample["key"]) == bool(variant % 2):
-            return sample
-        return self._flip(sample)
+        return self.flips.variant(self._sample(number), variant)
 
     def fingerprint(self) -> str:
         """Depends on which images there are, and on their order."""
         return self.source.fingerprint(self.numbers)
-
-    def _draw(self, *parts: int | str) -> bool:
-        """Whether to mirror what these parts name."""
-        if not self.flip:
-            return False
-        generator = torch.Generator().manual_seed(mixed_seed("flip", self.seed, *parts))
-        return bool(torch.rand((), generator=generator) >= 0.5)
-
-    @staticmethod
-    def _flip(sample: Sample) -> Sample:
-        return {"image": sample["image"].flip(-1), "key": sample["key"]}

@@ -13,6 +13,7 @@ from typing import NamedTuple
 
 import torch
 
+from flextok.data.flips import RandomFlips, mirrored
 from flextok.data.samplers import rank_and_world_size
 from flextok.data.samples import ImageDataset, Index, Sample, epoch_and_number
 from flextok.data.shard_images import ImageDecoder, OrderedImages, Shards
@@ -60,7 +61,7 @@ class StreamedImages(ImageDataset):
         self.num_streams = num_streams
         self.batch_size = batch_size
         self.shuffle_buffer = shuffle_buffer
-        self.flip = flip
+        self.flips = RandomFlips(flip, seed)
         self.seed = seed
         self._in_order = OrderedImages(shards, decoder)
         self.rank, self.num_ranks = rank_and_world_size()
@@ -85,11 +86,8 @@ class StreamedImages(ImageDataset):
         return {**self.__dict__, "_open": {}}
 
     def variant(self, number: int, variant: int) -> Sample | None:
-        """The image itself or mirrored, of the samples in their order; see `SquareImages.variant`."""
-        sample = self.in_order[number]
-        if sample is None or not self.flip or self._draw(sample["key"]) == bool(variant % 2):
-            return sample
-        return _mirror(sample)
+        """The image itself or mirrored, of the samples in their order; see `RandomFlips.variant`."""
+        return self.flips.variant(self.in_order[number], variant)
 
     def fingerprint(self) -> str:
         """Depends on the shards and their sizes."""
@@ -113,7 +111,7 @@ class StreamedImages(ImageDataset):
             waiting += 1
             sample = self.decoder(raw, total=len(self))
             if sample is not None:
-                yield from repeat(_mirror(sample) if self._draw(epoch, raw.key) else sample, waiting)
+                yield from repeat(mirrored(sample) if self.flips.draw(epoch, raw.key) else sample, waiting)
                 waiting = 0
             elif waiting > len(self):
                 raise ValueError(f"none of the {waiting} training images read last can be decoded")
@@ -153,14 +151,3 @@ class StreamedImages(ImageDataset):
         sizes = [len(range(number, num_batches, self.num_streams)) * self.batch_size for number in range(stream + 1)]
         start = self.rank * num_batches * self.batch_size + sum(sizes[:stream])
         return start, start + sizes[stream]
-
-    def _draw(self, *parts: int | str) -> bool:
-        """Whether to mirror what these parts name."""
-        if not self.flip:
-            return False
-        generator = torch.Generator().manual_seed(mixed_seed("flip", self.seed, *parts))
-        return bool(torch.rand((), generator=generator) >= 0.5)
-
-
-def _mirror(sample: Sample) -> Sample:
-    return {"image": sample["image"].flip(-1), "key": sample["key"]}

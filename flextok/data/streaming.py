@@ -13,7 +13,7 @@ from flextok.data.datamodule import ImageDataModule, Split
 from flextok.data.image_source import SquareImages
 from flextok.data.samples import ImageDataset
 from flextok.data.streaming_cache import ChunkCache
-from flextok.data.streaming_chunks import StreamedImages
+from flextok.data.streaming_chunks import ChunkImages
 
 
 class StreamingDataModule(ImageDataModule):
@@ -74,9 +74,7 @@ class StreamingDataModule(ImageDataModule):
     def _dataset(self, split: Split) -> ImageDataset:
         path = f"{self.path.rstrip('/')}/{self.folders[split]}"
         in_use = self.shuffle_chunks * self.streams
-        source = StreamedImages(
-            path, cache=self._cache(path), max_bad_fraction=self.max_bad_fraction, max_open=2 * in_use
-        )
+        source = ChunkImages(path, cache=self._cache(path), max_bad_fraction=self.max_bad_fraction, max_open=2 * in_use)
         if self.cache_gb is not None:
             needed = 2 * in_use * max(int(chunk["chunk_bytes"]) for chunk in source.chunks)
             if self.cache_gb * 1e9 < min(needed, sum(int(chunk["chunk_bytes"]) for chunk in source.chunks)):
@@ -107,9 +105,9 @@ class StreamingDataModule(ImageDataModule):
 class StreamedSquares(SquareImages):
     """Squares of the images in chunks, shuffled so that only a few chunks are read at a time."""
 
-    source: StreamedImages
+    source: ChunkImages
 
-    def __init__(self, source: StreamedImages, *, streams: int, shuffle_chunks: int, **others: Any) -> None:
+    def __init__(self, source: ChunkImages, *, streams: int, shuffle_chunks: int, **others: Any) -> None:
         super().__init__(source, range(len(source)), **others)
         self.streams = streams
         self.shuffle_chunks = shuffle_chunks

@@ -26,7 +26,7 @@ _ENCODED = ("bytes", "jpeg", "image", "file")
 _CONTENT_ERRORS = (OSError, ValueError, LookupError, struct.error)
 
 
-class StreamedImages(ImageSource):
+class ChunkImages(ImageSource):
     """The samples of one folder of chunks.
 
     Samples are dictionaries with `image` (the bytes of a JPEG, PNG or WebP, or a PIL image) and, if they like, a `key`

@@ -23,7 +23,7 @@ from flextok.data.latents import LatentsDataModule
 from flextok.model.data_dict import RNG_KEY
 from flextok.training.run import build, run
 from tests.data_modules.images import spoil, write_images
-from tests.support import RECORDED, REPOSITORY
+from tests.support import RECORDED, REPOSITORY, Interruptions, Killed
 from tests.training.support import SMALL, repeatable, small_config
 
 DIGITS = ("vae=pixel", "data=digits", "latent.channels=1", "latent.mean=-0.39", "latent.std=0.75")
@@ -160,34 +160,17 @@ def test_workers_give_the_same_files(tmp_path):
 # --- interruptions ----------------------------------------------------------------------------------------------------
 
 
-class Killed(BaseException):
-    pass
-
-
 def test_interruptions_at_random_points_change_nothing(tmp_path, monkeypatch):
     arguments = (*photos(), "--variants", "2", "--shard-size", "4", "--batch-size", "3")
     write(tmp_path / "whole", *arguments)
-    generator = random.Random(0)
-    calls = {"left": 0}
-
-    def breaking(function):
-        def broken(*args, **options):
-            calls["left"] -= 1
-            if calls["left"] < 0:
-                raise Killed
-            return function(*args, **options)
-
-        return broken
-
+    generator, interruptions = random.Random(0), Interruptions(monkeypatch)
     # Points in between: before a batch, before a shard is written, while it is, and before the index is replaced.
-    monkeypatch.setattr(latent_writer, "shard_tensors", breaking(latent_writer.shard_tensors))
-    monkeypatch.setattr(latent_writer, "save_file", breaking(latent_writer.save_file))
-    monkeypatch.setattr(shard_folder, "sha256_of", breaking(shard_folder.sha256_of))
-    monkeypatch.setattr(shard_folder, "atomic_path", breaking(shard_folder.atomic_path))
-    monkeypatch.setattr(latent_writer.torch, "stack", breaking(torch.stack))
+    interruptions.may_strike(latent_writer, "shard_tensors", "save_file")
+    interruptions.may_strike(shard_folder, "sha256_of", "atomic_path")
+    interruptions.may_strike(latent_writer.torch, "stack")
     done = 0
     for _ in range(10):
-        calls["left"] = generator.randint(0, 30)
+        interruptions.calls_left = generator.randint(0, 30)
         with pytest.raises(Killed):
             write(tmp_path / "broken", *arguments)
         index = tmp_path / "broken/index.json"

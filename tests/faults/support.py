@@ -8,9 +8,8 @@ import signal
 from contextlib import contextmanager
 
 import torch
-from lightning import Callback
 
-from tests.training.support import load, run_with, small_config
+from tests.training.support import At, load, run_with, small_config
 
 FOLDER = "checkpoints"
 
@@ -18,32 +17,6 @@ FOLDER = "checkpoints"
 def die():
     """As `kill -9` does it: nothing is cleaned up."""
     os.kill(os.getpid(), signal.SIGKILL)
-
-
-class At(Callback):
-    """Does something at a place of one step: `before`, `within`, `in the update`, `after`, `in validation`."""
-
-    def __init__(self, step, place, act):
-        self.step, self.place, self.act = step, place, act
-
-    def _at(self, trainer, place):
-        if (trainer.global_step, place) == (self.step, self.place) and not trainer.sanity_checking:
-            self.act()
-
-    def on_train_start(self, trainer, *args):
-        trainer.optimizers[0].register_step_post_hook(lambda *_: self._at(trainer, "in the update"))
-
-    def on_train_batch_start(self, trainer, *args):
-        self._at(trainer, "before")
-
-    def on_after_backward(self, trainer, *args):
-        self._at(trainer, "within")
-
-    def on_train_batch_end(self, trainer, *args):
-        self._at(trainer, "after")
-
-    def on_validation_batch_end(self, trainer, *args):
-        self._at(trainer, "in validation")
 
 
 def in_a_process(function, *args):

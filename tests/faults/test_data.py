@@ -9,8 +9,8 @@ from flextok.config import describe_error
 from flextok.data.image_source import SquareImages
 from flextok.training.run import run
 from tests.data_modules.images import spoil, write_images
-from tests.faults.support import At, steps_on_disk
-from tests.training.support import assert_same_result, load, run_with, small_config
+from tests.faults.support import steps_on_disk
+from tests.training.support import At, assert_same_result, load, run_with, small_config
 
 IMAGES = 30  # 24 to train on: an epoch of three batches of 8.
 

@@ -8,8 +8,8 @@ import pytest
 
 from flextok.training.run import run
 from flextok.training.saving import HeldSignals
-from tests.faults.support import At, steps_on_disk
-from tests.training.support import assert_same_result, run_with, small_config
+from tests.faults.support import steps_on_disk
+from tests.training.support import At, assert_same_result, run_with, small_config
 
 ONE_WORKER = ("data.num_workers=1", "callbacks.pictures=null")
 

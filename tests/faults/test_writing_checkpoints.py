@@ -21,7 +21,6 @@ from flextok.training.checkpoints import read_newest
 from flextok.training.run import run
 from tests.faults.support import (
     FOLDER,
-    At,
     cut,
     die,
     in_a_fork,
@@ -30,7 +29,7 @@ from tests.faults.support import (
     run_and_fill_the_disk,
     steps_on_disk,
 )
-from tests.training.support import assert_same_result, run_with, small_config
+from tests.training.support import At, assert_same_result, run_with, small_config
 
 
 def write(folder, step):

@@ -76,6 +76,32 @@ def run_with(cfg: DictConfig, callback: Any) -> dict[str, float]:
         return run_module.run(cfg)
 
 
+class At(Callback):
+    """Does something at a place of one step: `before`, `within`, `in the update`, `after`, `in validation`."""
+
+    def __init__(self, step, place, act):
+        self.step, self.place, self.act = step, place, act
+
+    def _at(self, trainer, place):
+        if (trainer.global_step, place) == (self.step, self.place) and not trainer.sanity_checking:
+            self.act()
+
+    def on_train_start(self, trainer, *args):
+        trainer.optimizers[0].register_step_post_hook(lambda *_: self._at(trainer, "in the update"))
+
+    def on_train_batch_start(self, trainer, *args):
+        self._at(trainer, "before")
+
+    def on_after_backward(self, trainer, *args):
+        self._at(trainer, "within")
+
+    def on_train_batch_end(self, trainer, *args):
+        self._at(trainer, "after")
+
+    def on_validation_batch_end(self, trainer, *args):
+        self._at(trainer, "in validation")
+
+
 def rows(folder: Path) -> list[dict[str, str]]:
     """The rows of `metrics.csv` without those numbers that no two runs share."""
     with (folder / "metrics.csv").open() as file:

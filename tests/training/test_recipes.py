@@ -59,17 +59,6 @@ def source(tmp_path_factory):
     return str(folder / "model.safetensors"), {name: tensor.clone() for name, tensor in weights.items()}
 
 
-@pytest.fixture(scope="module")
-def teacher_folder(tmp_path_factory):
-    transformers = pytest.importorskip("transformers")
-    config = transformers.Dinov2Config(
-        hidden_size=8, num_hidden_layers=1, num_attention_heads=1, patch_size=4, image_size=16
-    )
-    folder = tmp_path_factory.mktemp("teacher")
-    transformers.Dinov2Model(config).save_pretrained(folder)
-    return str(folder)
-
-
 def test_every_large_experiment_is_tried_here():
     large = {
         path.stem

@@ -16,18 +16,6 @@ from tests.training.test_distributed import HERE, TWO, launch
 transformers = pytest.importorskip("transformers")
 
 
-@pytest.fixture(scope="module")
-def teacher_folder(tmp_path_factory):
-    """A DINOv2 of one layer; patches of 4 pixels, made for a grid of 4 x 4."""
-    torch.manual_seed(3)
-    config = transformers.Dinov2Config(
-        hidden_size=16, num_hidden_layers=1, num_attention_heads=2, patch_size=4, image_size=16
-    )
-    folder = tmp_path_factory.mktemp("teacher")
-    transformers.Dinov2Model(config).save_pretrained(folder)
-    return str(folder)
-
-
 def repa_config(folder, teacher, *overrides):
     repa = ("objective=repa", f"objective.repa.teacher={teacher}", "objective.repa.hidden_dim=24")
     return small_config(folder, *repa, *overrides)

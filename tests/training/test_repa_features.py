@@ -21,7 +21,7 @@ from flextok.model.data_dict import RNG_KEY
 from flextok.training.repa import FrozenTeacher
 from flextok.training.run import build, run
 from flextok.training.validation import model_inputs
-from tests.support import REPOSITORY, max_difference, randomize
+from tests.support import REPOSITORY, Interruptions, Killed, max_difference, randomize
 from tests.training.support import SMALL, largest_difference, load, small_config
 
 transformers = pytest.importorskip("transformers")
@@ -33,15 +33,8 @@ PHOTOS = (
 
 
 @pytest.fixture(scope="module")
-def teacher(tmp_path_factory):
-    """The folder of a DINOv2 of one layer, with patches of 4 pixels."""
-    torch.manual_seed(3)
-    config = transformers.Dinov2Config(
-        hidden_size=16, num_hidden_layers=1, num_attention_heads=2, patch_size=4, image_size=16
-    )
-    folder = tmp_path_factory.mktemp("teacher")
-    transformers.Dinov2Model(config).save_pretrained(folder)
-    return str(folder)
+def teacher(teacher_folder):
+    return teacher_folder
 
 
 def write(folder, teacher, *arguments):
@@ -188,28 +181,14 @@ def test_other_objectives_have_no_teacher(cached, objective):
 # --- interruptions ----------------------------------------------------------------------------------------------------
 
 
-class Killed(BaseException):
-    pass
-
-
 def test_interruptions_change_nothing(teacher, tmp_path, monkeypatch):
     arguments = ("--variants", "2", "--shard-size", "4", "--batch-size", "3")
     write(tmp_path / "whole", teacher, *arguments)
-    generator, calls = random.Random(0), {"left": 0}
-
-    def breaking(function):
-        def broken(*args, **options):
-            calls["left"] -= 1
-            if calls["left"] < 0:
-                raise Killed
-            return function(*args, **options)
-
-        return broken
-
-    for module, name in ((latent_writer, "shard_tensors"), (latent_writer, "save_file"), (shard_folder, "sha256_of")):
-        monkeypatch.setattr(module, name, breaking(getattr(module, name)))
+    generator, interruptions = random.Random(0), Interruptions(monkeypatch)
+    interruptions.may_strike(latent_writer, "shard_tensors", "save_file")
+    interruptions.may_strike(shard_folder, "sha256_of")
     for _ in range(3):
-        calls["left"] = generator.randint(0, 8)
+        interruptions.calls_left = generator.randint(0, 8)
         with pytest.raises(Killed):
             write(tmp_path / "broken", teacher, *arguments)
     monkeypatch.undo()

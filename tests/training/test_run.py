@@ -2,44 +2,21 @@ import json
 
 import pytest
 import torch
-from lightning import Callback
 from omegaconf import OmegaConf
 
 from flextok.config import check_config, compose
 from flextok.training.initialize import load_weights
 from flextok.training.run import build, run
-from tests.training.support import SMALL, assert_same_result, largest_difference, load, rows, run_with, small_config
+from tests.training.support import SMALL, At, assert_same_result, largest_difference, load, rows, run_with, small_config
 
 
-class StopAt(Callback):
-    """Fails at a place in the middle of a run."""
-
-    def __init__(self, step, place):
-        self.step, self.place = step, place
-
-    def _stop(self, trainer, place):
-        if (trainer.global_step, place) == (self.step, self.place) and not trainer.sanity_checking:
-            raise RuntimeError("stopped on purpose")
-
-    def on_train_start(self, trainer, *args):
-        trainer.optimizers[0].register_step_post_hook(lambda *_: self._stop(trainer, "in the update"))
-
-    def on_train_batch_start(self, trainer, *args):
-        self._stop(trainer, "before the step")
-
-    def on_after_backward(self, trainer, *args):
-        self._stop(trainer, "within the step")
-
-    def on_train_batch_end(self, trainer, *args):
-        self._stop(trainer, "after the step")
-
-    def on_validation_batch_end(self, trainer, *args):
-        self._stop(trainer, "in validation")
+def fail():
+    raise RuntimeError("stopped on purpose")
 
 
 def run_and_stop(cfg, step, place):
     with pytest.raises(RuntimeError, match="stopped on purpose"):
-        run_with(cfg, StopAt(step, place))
+        run_with(cfg, At(step, place, fail))
 
 
 def test_a_run_leaves_a_complete_folder(finished_run):
@@ -75,7 +52,7 @@ def test_the_same_seed_gives_the_same_numbers_and_another_does_not(finished_run,
 
 @pytest.mark.parametrize(
     ("step", "place"),
-    [(2, "before the step"), (3, "within the step"), (4, "in validation"), (5, "after the step")],
+    [(2, "before"), (3, "within"), (4, "in validation"), (5, "after")],
 )
 def test_an_interrupted_run_goes_on_as_if_nothing_had_happened(finished_run, tmp_path, step, place):
     cfg = small_config(tmp_path)
@@ -97,7 +74,7 @@ def test_half_an_update_is_not_saved(finished_run, tmp_path):
 
 def test_a_resumed_run_appends_to_its_metrics(finished_run, tmp_path):
     cfg = small_config(tmp_path)
-    run_and_stop(cfg, 3, "before the step")
+    run_and_stop(cfg, 3, "before")
     cfg.ckpt_path = str(tmp_path)
     run(cfg)
     assert rows(tmp_path) == rows(finished_run)
