@@ -43,10 +43,10 @@ class BareLoop:
     def step(self, batch: Batch) -> None:
         """Train on one batch."""
         rng = training_generator(self.seed, step=self.steps, micro_batch=0, rank=0)
-        self.optimizer.zero_grad()
         self.objective(self.model, {**model_inputs(self.model, batch), RNG_KEY: rng})["total"].backward()
         nn.utils.clip_grad_norm_(self.parameters, self.max_norm)
         self.optimizer.step()
+        self.optimizer.zero_grad()
         self.schedule.step()
         with torch.no_grad():
             decay = min(self.decay, (1 + self.steps) / (10 + self.steps))

@@ -1,17 +1,27 @@
 """How much of the codebook training uses."""
 
 import math
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from flextok.model.packed_list import PackedList, offset_ranges
+from flextok.model.packed_list import offset_ranges
 from flextok.training.measurement import Measurement
 from flextok.training.objective import PASSES_KEY, FlowPass
 
 
-class CodebookUsage(Measurement):
+class _Tokens(NamedTuple):
+    """The ids of a batch, and how many of each sample a decoder saw."""
+
+    ids: Sequence[Tensor]
+    """`[1, n]` of each sample, on the device."""
+    kept: list[Tensor]
+    """`[batch]` on the host, of each pass through the decoder."""
+
+
+class CodebookUsage(Measurement[_Tokens]):
     """Logs `train/codebook/...` of the ids in the steps since they were logged before.
 
     Counted are the tokens a decoder saw: the encoder computes no other, and none of samples of the null condition.
@@ -25,19 +35,20 @@ class CodebookUsage(Measurement):
         self._counts: Tensor | None = None
         """`[codebook size]` int64 on the device."""
 
-    def collect(self, module: Any) -> None:
+    def observe(self, module: Any) -> _Tokens | None:
         passes: list[FlowPass] = module.observed.get(PASSES_KEY, [])
         tokens = module.observed.get(module.model.token_write_key)
         if not passes or tokens is None:
-            return
-        if isinstance(tokens, PackedList):
-            ids, lengths = tokens.tensor.flatten(), torch.full((len(tokens),), tokens.tensor.shape[1])
-        else:
-            ids, lengths = torch.cat(list(tokens), dim=1)[0], torch.tensor([entry.shape[1] for entry in tokens])
+            return None
+        self._levels = module.model.regularizer.levels
+        return _Tokens(tokens, [one.kept for one in passes])
+
+    def collect(self, steps: Sequence[_Tokens]) -> None:
+        samples = [entry for step in steps for entry in step.ids]
+        ids, lengths = torch.cat(samples, dim=1)[0], torch.tensor([entry.shape[1] for entry in samples])
+        kept = torch.cat([torch.stack(step.kept).amax(0) for step in steps])
         if self._counts is None:
-            self._levels = module.model.regularizer.levels
             self._counts = torch.zeros(math.prod(self._levels), dtype=torch.int64, device=ids.device)
-        kept = torch.stack([one.kept for one in passes]).amax(0)
         rows = offset_ranges(lengths.cumsum(0) - lengths, kept).to(ids.device, non_blocking=True)
         # Not `bincount`, which waits for the device to learn the largest id.
         self._counts.index_add_(0, ids.index_select(0, rows), torch.ones_like(rows))

@@ -31,7 +31,8 @@ class ExponentialMovingAverage(Callback):
         self.warmup = warmup
         self.num_updates = 0
         self.shadow: dict[str, Tensor] = {}
-        self._trained: dict[str, Tensor] = {}
+        self._trained: list[Tensor] = []
+        self._averages: list[Tensor] = []
         self._raw: dict[str, Tensor] | None = None
         self._last_step = 0
 
@@ -42,14 +43,14 @@ class ExponentialMovingAverage(Callback):
         return min(self.decay, (1 + self.num_updates) / (10 + self.num_updates))
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        # Going through all modules in every step takes longer than averaging.
-        self._trained = {name: p for name, p in pl_module.named_parameters() if p.requires_grad}
         parameters = trainable(pl_module)
         if self.shadow:
             _check_same_parameters(self.shadow, parameters)
             self.shadow = {name: sharded_like(self.shadow[name], p).float() for name, p in parameters.items()}
         else:
             self.shadow = {name: p.to(torch.float32, copy=True) for name, p in parameters.items()}
+        # Going through all modules in every step takes longer than averaging.
+        self._trained, self._averages = list(parameters.values()), [self.shadow[name] for name in parameters]
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._last_step = trainer.global_step
@@ -103,8 +104,7 @@ class ExponentialMovingAverage(Callback):
             return  # Nothing to average yet, or only a gradient was accumulated.
         self._last_step = trainer.global_step
         weight = 1 - self.current_decay()
-        values = [p.float() for p in self._trained.values()]
-        torch._foreach_lerp_([self.shadow[name] for name in self._trained], values, weight)
+        torch._foreach_lerp_(self._averages, [p.float() for p in self._trained], weight)
         self.num_updates += 1
 
     @torch.no_grad()

@@ -1,5 +1,7 @@
 """The flow loss by number of tokens and by time: what the mean over whatever was drawn hides."""
 
+from collections.abc import Sequence
+from itertools import chain
 from typing import Any
 
 import torch
@@ -8,8 +10,10 @@ from torch import Tensor
 from flextok.training.measurement import Measurement
 from flextok.training.objective import PASSES_KEY, FlowPass
 
+_Passes = list[FlowPass]
 
-class LossBuckets(Measurement):
+
+class LossBuckets(Measurement[_Passes]):
     """Logs `train/flow_loss/k<from>-<to>`, `train/flow_loss/null` and `train/flow_loss/t<from>-<to>`.
 
     Buckets of `keep_k` end at powers of two; samples that saw the null condition have one of their own. Times lie in
@@ -20,23 +24,22 @@ class LossBuckets(Measurement):
         super().__init__()
         self.num_times = num_times
         self._ends: list[int] = []
+        """The largest `keep_k` of each bucket; 0 is the null condition."""
         self._totals: Tensor | None = None
         """`[2, buckets]` on the device: sums of losses, and how many there are."""
 
-    def collect(self, module: Any) -> None:
-        passes: list[FlowPass] = module.observed.get(PASSES_KEY, [])
-        if not passes:
-            return
+    def observe(self, module: Any) -> _Passes | None:
+        self._ends = self._ends or [0, *keep_k_ends(module.model.num_registers)]
+        return module.observed.get(PASSES_KEY) or None
+
+    def collect(self, steps: Sequence[_Passes]) -> None:
+        errors, times, kept = (torch.cat(parts) for parts in zip(*chain.from_iterable(steps), strict=True))
         if self._totals is None:
-            # 0 is the null condition.
-            self._ends = [0, *keep_k_ends(module.model.num_registers)]
-            num_buckets = len(self._ends) + self.num_times
-            self._totals = torch.zeros(2, num_buckets, device=passes[0].errors.device)
-        for errors, times, kept in passes:
-            values = torch.stack([errors, torch.ones_like(errors)])
-            by_k = torch.bucketize(kept, torch.tensor(self._ends)).to(errors.device, non_blocking=True)
-            by_time = (times * self.num_times).long().clamp(0, self.num_times - 1) + len(self._ends)
-            self._totals.index_add_(1, by_k, values).index_add_(1, by_time, values)
+            self._totals = torch.zeros(2, len(self._ends) + self.num_times, device=errors.device)
+        values = torch.stack([errors, torch.ones_like(errors)])
+        by_k = torch.bucketize(kept, torch.tensor(self._ends)).to(errors.device, non_blocking=True)
+        by_time = (times * self.num_times).long().clamp(0, self.num_times - 1) + len(self._ends)
+        self._totals.index_add_(1, by_k, values).index_add_(1, by_time, values)
 
     def take(self) -> dict[str, float]:
         if self._totals is None:

@@ -32,11 +32,16 @@ class ProgressLines(Callback):
 
 def is_logged(trainer: Trainer) -> bool:
     """Whether the loggers get the metrics of the step that has just ended."""
-    return trainer.global_step % log_interval(trainer) == 0
+    return trainer.global_step % _log_interval(trainer) == 0
 
 
-def log_interval(trainer: Trainer) -> int:
-    """`trainer.log_every_n_steps`."""
+def will_be_logged(trainer: Trainer) -> bool:
+    """Whether the metrics of the step under way are wanted: by the loggers, or as the last ones of a run."""
+    step = trainer.global_step + 1
+    return step % _log_interval(trainer) == 0 or step == trainer.max_steps
+
+
+def _log_interval(trainer: Trainer) -> int:
     interval: int = trainer.log_every_n_steps  # type: ignore[attr-defined]  # Lightning sets it elsewhere.
     return interval
 

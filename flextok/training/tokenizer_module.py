@@ -13,7 +13,7 @@ from flextok.model.data_dict import RNG_KEY, DataDict
 from flextok.model.keep_k import default_keep_ks
 from flextok.training.fsdp import ShardedStrategy
 from flextok.training.objective import PASSES_KEY
-from flextok.training.progress import log_interval
+from flextok.training.progress import will_be_logged
 from flextok.training.randomness import training_generator
 from flextok.training.shards import total_norm
 from flextok.training.validation import encode_batch, flow_losses, model_inputs
@@ -66,9 +66,19 @@ class TokenizerModule(LightningModule):
         data = {**model_inputs(self.model, batch), RNG_KEY: rng}
         losses = self.objective(self.model, data)
         self.observed = {key: data[key] for key in (PASSES_KEY, self.model.token_write_key) if key in data}
-        names = {"total": "train/loss"}
-        self.log_dict({names.get(name, f"train/{name}"): loss.detach() for name, loss in losses.items()})
+        if will_be_logged(self.trainer):
+            names = {"total": "train/loss"}
+            self.log_dict({names.get(name, f"train/{name}"): loss.detach() for name, loss in losses.items()})
         return losses["total"]
+
+    def transfer_batch_to_device(
+        self, batch: dict[str, Any], device: torch.device, dataloader_idx: int
+    ) -> dict[str, Any]:
+        """Move the tensors; Lightning would look for some in every key of every sample."""
+        return {
+            name: value.to(device, non_blocking=True) if isinstance(value, Tensor) else value
+            for name, value in batch.items()
+        }
 
     def on_validation_start(self) -> None:
         if isinstance(self.trainer.strategy, ShardedStrategy):
@@ -98,8 +108,7 @@ class TokenizerModule(LightningModule):
         return self._gradient_norm
 
     def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
-        # The loggers look at these numbers after the step, when it has been counted.
-        if (self.trainer.global_step + 1) % log_interval(self.trainer) == 0:
+        if will_be_logged(self.trainer):
             self.log("train/grad_norm", self.gradient_norm(optimizer))
             self.log("train/lr", optimizer.param_groups[0]["lr"])
             parts = {group["part"]: group["lr"] for group in optimizer.param_groups if "part" in group}
@@ -117,6 +126,14 @@ class TokenizerModule(LightningModule):
             torch.nn.utils.clip_grads_with_norm_(_parameters(optimizer), gradient_clip_val, norm)
         else:
             self.clip_gradients(optimizer, gradient_clip_val, gradient_clip_algorithm)
+
+    def optimizer_step(self, epoch: int, batch_idx: int, optimizer: Any, optimizer_closure: Any = None) -> None:
+        super().optimizer_step(epoch, batch_idx, optimizer, optimizer_closure)
+        # Lightning would keep the gradients through the next forward pass, where their memory is needed.
+        optimizer.zero_grad()
+
+    def optimizer_zero_grad(self, epoch: int, batch_idx: int, optimizer: Optimizer) -> None:
+        """Nothing is left to do before a backward pass: see `optimizer_step`."""
 
     def configure_optimizers(self) -> Any:
         return self.make_optimizer(self)

@@ -5,12 +5,14 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from lightning.pytorch.profilers import Profiler
 
 from flextok.evaluation.tokens import entropy_bits, token_statistics
 from flextok.model.packed_list import PackedList
 from flextok.training import pace as pace_module
 from flextok.training.codebook import CodebookUsage
 from flextok.training.loss_buckets import LossBuckets, keep_k_ends
+from flextok.training.measurement import STEPS_AT_ONCE
 from flextok.training.objective import PASSES_KEY, FlowPass
 from flextok.training.pace import FetchClock, TrainingPace
 
@@ -35,10 +37,13 @@ def module_with(*passes, tokens=None, levels=(3, 2), num_registers=6):
     return SimpleNamespace(model=model, observed={PASSES_KEY: list(passes), "tokens": tokens})
 
 
+def collect(measurement, *modules):
+    measurement.collect([measurement.observe(module) for module in modules])
+
+
 def trainer_at(step, recorder, **options):
-    return SimpleNamespace(
-        global_step=step, log_every_n_steps=2, is_global_zero=True, loggers=[recorder], **{"world_size": 1} | options
-    )
+    usual = {"log_every_n_steps": 2, "is_global_zero": True, "world_size": 1}
+    return SimpleNamespace(global_step=step, loggers=[recorder], **usual | options)
 
 
 # --- loss by bucket ---------------------------------------------------------------------------------------------------
@@ -52,8 +57,8 @@ def test_buckets_of_keep_k_end_at_powers_of_two_and_at_all_registers():
 
 def test_losses_are_averaged_by_number_of_tokens_and_by_time():
     buckets = LossBuckets(num_times=2)
-    buckets.collect(module_with(flow_pass([1.0, 2.0, 4.0], [0.1, 0.6, 1.0], [1, 3, 0])))
-    buckets.collect(module_with(flow_pass([6.0, 8.0], [0.0, 0.5], [4, 6])))
+    first = module_with(flow_pass([1.0, 2.0, 4.0], [0.1, 0.6, 1.0], [1, 3, 0]))
+    collect(buckets, first, module_with(flow_pass([6.0, 8.0], [0.0, 0.5], [4, 6])))
     assert buckets.take() == {
         "train/flow_loss/null": 4.0,
         "train/flow_loss/k1": 1.0,
@@ -67,7 +72,7 @@ def test_losses_are_averaged_by_number_of_tokens_and_by_time():
 
 def test_all_passes_of_the_decoder_count():
     buckets = LossBuckets(num_times=1)
-    buckets.collect(module_with(flow_pass([1.0], [0.5], [6]), flow_pass([3.0], [0.5], [2])))
+    collect(buckets, module_with(flow_pass([1.0], [0.5], [6]), flow_pass([3.0], [0.5], [2])))
     assert buckets.take() == {"train/flow_loss/k2": 3.0, "train/flow_loss/k5-6": 1.0, "train/flow_loss/t0-1": 2.0}
 
 
@@ -75,7 +80,7 @@ def test_an_objective_that_leaves_nothing_is_no_mistake():
     module = module_with()
     module.observed = {}
     for measurement in (LossBuckets(num_times=1), CodebookUsage()):
-        measurement.collect(module)
+        assert measurement.observe(module) is None
         assert measurement.take() == {}
 
 
@@ -87,7 +92,7 @@ def test_the_codebook_is_judged_as_evaluation_does_by_the_tokens_that_were_seen(
     ids = torch.tensor([[0, 1, 2, 5], [3, 3, 1, 5], [4, 4, 4, 4]])
     tokens = list(ids.split(1)) if ragged else PackedList(ids)
     usage = CodebookUsage()
-    usage.collect(module_with(flow_pass([0.0] * 3, [0.0] * 3, [3, 2, 0]), tokens=tokens))
+    collect(usage, module_with(flow_pass([0.0] * 3, [0.0] * 3, [3, 2, 0]), tokens=tokens))
     seen = torch.tensor([0, 1, 2, 3, 3])
     numbers, expected = usage.take(), token_statistics(seen[None], 6)
     assert numbers.pop("train/codebook/entropy_bits_channel_0") == pytest.approx(entropy_bits(seen % 3), abs=1e-6)
@@ -101,7 +106,7 @@ def test_the_codebook_is_judged_as_evaluation_does_by_the_tokens_that_were_seen(
 def test_of_several_passes_the_one_that_sees_most_counts():
     usage = CodebookUsage()
     passes = flow_pass([0.0], [0.0], [4]), flow_pass([0.0], [0.0], [1])
-    usage.collect(module_with(*passes, tokens=PackedList(torch.tensor([[0, 1, 2, 3]]))))
+    collect(usage, module_with(*passes, tokens=PackedList(torch.tensor([[0, 1, 2, 3]]))))
     assert usage.take()["train/codebook/perplexity"] == pytest.approx(4.0)
 
 
@@ -118,6 +123,17 @@ def test_numbers_are_written_at_logged_steps_once_however_many_batches_make_a_st
     assert recorder.rows[0][1] == {"train/flow_loss/k1": 2.0, "train/flow_loss/t0-1": 2.0}
 
 
+def test_steps_between_logged_ones_all_count():
+    buckets, recorder = LossBuckets(num_times=1), Recorder()
+    steps = 2 * STEPS_AT_ONCE + 3
+    for step in range(1, steps + 1):
+        module = module_with(flow_pass([float(step)], [0.5], [1]))
+        buckets.on_train_batch_end(trainer_at(step, recorder, log_every_n_steps=steps), module, None, None, 0)
+    assert recorder.rows == [
+        (steps - 1, dict.fromkeys(("train/flow_loss/k1", "train/flow_loss/t0-1"), (1 + steps) / 2))
+    ]
+
+
 @pytest.mark.parametrize("options", [{"is_global_zero": False}, {"loggers": []}])
 def test_nothing_is_collected_that_nobody_writes(options):
     buckets, recorder = LossBuckets(num_times=1), Recorder()
@@ -131,10 +147,12 @@ def test_nothing_is_collected_that_nobody_writes(options):
 # --- pace -------------------------------------------------------------------------------------------------------------
 
 
-class Silent:
+class Silent(Profiler):
     """A profiler that only counts its calls."""
 
-    calls = 0
+    def __init__(self):
+        super().__init__()
+        self.calls = 0
 
     def start(self, action_name):
         self.calls += 1

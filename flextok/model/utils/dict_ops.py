@@ -58,6 +58,9 @@ class PerSampleOp(nn.Module):
     def __init__(self, read_key: str, write_key: str, per_sample_op: Callable[[Tensor], Tensor]) -> None:
         super().__init__()
         self.read_key, self.write_key = read_key, write_key
+        if isinstance(per_sample_op, partial):
+            # Hydra's partials look at their target anew in every call.
+            per_sample_op = partial(per_sample_op.func, *per_sample_op.args, **per_sample_op.keywords)
         self.per_sample_op = per_sample_op
 
     @property
