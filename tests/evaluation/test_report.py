@@ -8,6 +8,7 @@ import pytest
 import torch
 from PIL import Image
 
+from flextok.evaluation.judges import NO_JUDGES
 from flextok.evaluation.protocol import build_protocol
 from flextok.evaluation.report import format_table, write_report
 from flextok.evaluation.settings import EvaluationSettings
@@ -15,6 +16,7 @@ from flextok.evaluation.sweep import run_sweep
 from flextok.pictures import image_grid, save_image, tile_size
 from tests.evaluation.stub import SETTINGS, StubTokenizer, random_batches
 
+DIGITS = {"_target_": "flextok.data.digits.DigitsDataModule"}
 FILES = ["grid.png", "metrics.csv", "metrics.json", "rate_distortion.png"]
 
 
@@ -26,8 +28,9 @@ def report(tmp_path):
     weights.write_bytes(b"abc")
     protocol = build_protocol(
         sweep=sweep,
+        judges=NO_JUDGES,
         settings=settings,
-        data={"_target_": "digits"},
+        data=DIGITS,
         checkpoint=weights,
         weights_file=weights,
         weights="as exported",
@@ -58,7 +61,7 @@ def test_the_protocol_says_how_the_numbers_came_about(report):
     assert protocol["num_images"] == 6
     assert protocol["image_sizes"] == [[8, 8]]
     assert protocol["keep_ks"] == [1, 2, 4]
-    assert protocol["data"] == {"_target_": "digits"}
+    assert protocol["data"] == DIGITS
     # printf abc | sha256sum
     assert protocol["weights_sha256"].startswith("ba7816bf8f01cfea")
     assert protocol["versions"]["torch"].startswith("2.")
