@@ -1,6 +1,7 @@
 """Networks that turn images into feature vectors, for Fréchet distance and KID: Inception, DINOv2, or any module."""
 
 import hashlib
+import json
 from abc import ABC, abstractmethod
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,8 @@ from torch import Tensor, nn
 
 from flextok.data.transforms import to_uint8
 
+# What a config of transformers says about the file, not the network.
+_NOT_SETTINGS = ("_name_or_path", "transformers_version", "dtype", "torch_dtype", "architectures")
 INCEPTION_URL = "https://nvlabs-fi-cdn.nvidia.com/stylegan2-ada-pytorch/pretrained/metrics/inception-2015-12-05.pt"
 
 
@@ -34,8 +37,24 @@ class FeatureExtractor(ABC):
         """Move the network to a device."""
 
     @abstractmethod
+    def features(self, images: Tensor) -> Any:
+        """Features `[B, D]` of `[B, 3, H, W]` images in [-1, 1], on the device of the network."""
+
+    @torch.no_grad()
     def __call__(self, images: Tensor) -> Tensor:
-        """Features `[B, D]` of `[B, 3, H, W]` images in [-1, 1] on the device of the network."""
+        """The features, checked, and on every device in full float32 precision.
+
+        Raises:
+            ValueError: they are not `[B, D]`, or not finite.
+        """
+        with torch.backends.cudnn.flags(enabled=True, deterministic=True, allow_tf32=False):
+            features = self.features(images)
+        if not isinstance(features, Tensor) or features.ndim != 2 or len(features) != len(images):
+            shape = list(features.shape) if isinstance(features, Tensor) else type(features).__name__
+            raise ValueError(f"evaluation.features: a network gives {shape} for {len(images)} images; valid: [B, D]")
+        if not torch.isfinite(features).all():
+            raise ValueError("evaluation.features: a network gives features that are not finite")
+        return features
 
 
 class InceptionFeatures(FeatureExtractor):
@@ -71,9 +90,8 @@ class InceptionFeatures(FeatureExtractor):
     def to(self, device: torch.device) -> None:
         self._network = self._network.to(device)
 
-    @torch.no_grad()
-    def __call__(self, images: Tensor) -> Tensor:
-        return _checked(self._network(to_uint8(images), return_features=True), images)
+    def features(self, images: Tensor) -> Any:
+        return self._network(to_uint8(images), return_features=True)
 
 
 class Dinov2Features(FeatureExtractor):
@@ -100,10 +118,13 @@ class Dinov2Features(FeatureExtractor):
                 f"evaluation.features.<name>.image_size={image_size}: valid is a multiple of {teacher.patch_size}, "
                 f"the patch size of {path}"
             )
-        self._network = teacher.model
+        # Weights may be stored in half precision.
+        self._network = teacher.model.float()
         self._size = image_size
         self._mean, self._std = (torch.tensor(values)[:, None, None] for values in (IMAGENET_MEAN, IMAGENET_STD))
-        self.sha256 = sha256_of_module(self._network)
+        settings = {key: value for key, value in self._network.config.to_dict().items() if key not in _NOT_SETTINGS}
+        # Weights do not tell the number of heads.
+        self.sha256 = sha256_of_module(self._network, json.dumps(settings, sort_keys=True, default=str))
         self.transform = (
             f"clamped to [-1, 1], resized to {image_size} x {image_size} pixels (bicubic, antialiased) if they have "
             "another size, normalised with mean and deviation of ImageNet's colours"
@@ -113,14 +134,13 @@ class Dinov2Features(FeatureExtractor):
         self._network.to(device)
         self._mean, self._std = self._mean.to(device), self._std.to(device)
 
-    @torch.no_grad()
-    def __call__(self, images: Tensor) -> Tensor:
+    def features(self, images: Tensor) -> Any:
         size = (self._size, self._size)
         resized = images.float().clamp(-1, 1)
         if tuple(images.shape[-2:]) != size:
             resized = F.interpolate(resized, size, mode="bicubic", antialias=True).clamp(-1, 1)
         normalised = (resized / 2 + 0.5 - self._mean) / self._std
-        return _checked(self._network(pixel_values=normalised).last_hidden_state[:, 0], images)
+        return self._network(pixel_values=normalised).last_hidden_state[:, 0]
 
 
 class ModuleFeatures(FeatureExtractor):
@@ -134,9 +154,8 @@ class ModuleFeatures(FeatureExtractor):
     def to(self, device: torch.device) -> None:
         self._network.to(device)
 
-    @torch.no_grad()
-    def __call__(self, images: Tensor) -> Tensor:
-        return _checked(self._network(images.float().clamp(-1, 1)), images)
+    def features(self, images: Tensor) -> Any:
+        return self._network(images.float().clamp(-1, 1))
 
 
 def as_extractor(built: Any, *, field: str) -> FeatureExtractor:
@@ -153,19 +172,10 @@ def sha256_of_file(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def sha256_of_module(module: nn.Module) -> str:
-    """Of the class, and of names, types, shapes and values of all weights and buffers in the state of a module."""
-    digest = hashlib.sha256(f"{type(module).__module__}.{type(module).__qualname__}".encode())
+def sha256_of_module(module: nn.Module, settings: str = "") -> str:
+    """Of its class, settings, and names, types, shapes and values of all weights and buffers in its state."""
+    digest = hashlib.sha256(f"{type(module).__module__}.{type(module).__qualname__} {settings}".encode())
     for name, tensor in sorted(module.state_dict().items()):
         digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())
         digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
     return digest.hexdigest()
-
-
-def _checked(features: Any, images: Tensor) -> Tensor:
-    if not isinstance(features, Tensor) or features.ndim != 2 or len(features) != len(images):
-        shape = list(features.shape) if isinstance(features, Tensor) else type(features).__name__
-        raise ValueError(f"evaluation.features: a network gives {shape} for {len(images)} images; valid: [B, D]")
-    if not torch.isfinite(features).all():
-        raise ValueError("evaluation.features: a network gives features that are not finite")
-    return features

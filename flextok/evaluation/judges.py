@@ -3,6 +3,7 @@
 import logging
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -69,9 +70,14 @@ def build_judges(
         name: as_extractor(built, field=f"evaluation.features.{name}")
         for name, built in _build("features", settings.features, missing)
     }
-    distances = dict(_build("distances", settings.distances, missing))
-    for network in (*extractors.values(), *distances.values()):
-        network.to(device)
+    distances = {
+        name: _as_module(built, field=f"evaluation.distances.{name}")
+        for name, built in _build("distances", settings.distances, missing)
+    }
+    for extractor in extractors.values():
+        extractor.to(device)
+    for distance in distances.values():
+        distance.to(device)
     if not extractors:
         return Judges(distances=distances, missing=missing)
 
@@ -100,8 +106,8 @@ def build_judges(
                 *(name, reference.about["num_images"], len(reference.mean)),
             )
         if settings.export_references is not None:
-            file = Path(settings.export_references).expanduser() / f"{name}.npz"
-            by_first_process(lambda reference=reference, file=file: reference.save(file))  # type: ignore[misc]
+            folder = Path(settings.export_references).expanduser()
+            by_first_process(partial(reference.save, folder / f"{name}.npz"))
     return Judges(
         extractors=extractors, references=references, distances=distances, missing=missing, images_sha256=images_sha256
     )
@@ -173,6 +179,12 @@ def _build(group: str, configs: Mapping[str, Any], missing: dict[str, str]) -> I
                 logger.warning("evaluation.%s.%s is left out: %s", group, name, error.__cause__)
             else:
                 raise ValueError(f"evaluation.{group}.{name}: {error.__cause__ or error}") from error
+
+
+def _as_module(built: Any, *, field: str) -> nn.Module:
+    if not isinstance(built, nn.Module):
+        raise ValueError(f"{field} builds a {type(built).__name__}; valid: a torch module from two images to a number")
+    return built.eval()
 
 
 def _columns(place: str) -> tuple[str, ...]:

@@ -3,19 +3,18 @@
 import pickle
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from flextok.evaluation.features import MissingWeightsError
 
-# Layers up to the last compared one, as torchvision numbers them: a width is a convolution and its ReLU, "pool" a
-# pooling. The first entries of ALEX are told apart by their kernels.
+# Layers up to the last compared one, in torchvision's order: a width is a convolution of 3 x 3 and its ReLU.
 _VGG = (64, 64, "pool", 128, 128, "pool", 256, 256, 256, "pool", 512, 512, 512, "pool", 512, 512, 512)
-# (width, kernel, stride, padding)
+# The same as (width, kernel, stride, padding).
 _ALEX = ((64, 11, 4, 2), "pool", (192, 5, 1, 2), "pool", (384, 3, 1, 1), (256, 3, 1, 1), (256, 3, 1, 1))
-# After which layer a feature map is compared.
+# The layers whose output is compared.
 _TAPS = {"alex": (1, 4, 7, 9, 11), "vgg": (3, 8, 15, 22, 29)}
 _MIN_SIZE = {"alex": 31, "vgg": 16}
 _FILES = {"alex": "alexnet-owt-7be5be79.pth", "vgg": "vgg16-397923af.pth"}
@@ -35,7 +34,10 @@ class LPIPS(nn.Module):
         ValueError: an unknown network, or a file that holds other weights.
     """
 
-    def __init__(self, *, network: Literal["alex", "vgg"], path: str | Path, heads: str | Path | None) -> None:
+    shift: Tensor
+    scale: Tensor
+
+    def __init__(self, *, network: str, path: str | Path, heads: str | Path | None) -> None:
         super().__init__()
         if network not in _TAPS:
             raise ValueError(f"evaluation.distances.<name>.network={network!r}: valid are {', '.join(_TAPS)}")

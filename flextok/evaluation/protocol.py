@@ -1,6 +1,5 @@
 """Say how numbers came about: everything needed to get them again, in plain types for JSON."""
 
-import hashlib
 import platform
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -9,6 +8,7 @@ from typing import Any
 import torch
 from hydra.utils import get_class
 
+from flextok.evaluation.features import sha256_of_file
 from flextok.evaluation.judges import Judges
 from flextok.evaluation.reconstruction import MIN_MS_SSIM_SIZE, PSNR_CAP, ssim_sigma, ssim_window
 from flextok.evaluation.settings import EvaluationSettings
@@ -60,7 +60,7 @@ def build_protocol(
         "checkpoint": _shown(checkpoint),
         "weights_file": weights_file.name,
         # Of a checkpoint that is a folder: its `meta.pt` holds the sums of all its files.
-        "weights_sha256": sha256(weights_file / META if weights_file.is_dir() else weights_file),
+        "weights_sha256": sha256_of_file(weights_file / META if weights_file.is_dir() else weights_file),
         "git_revision": git_revision(),
         "versions": {"python": platform.python_version(), **package_versions()},
         "device": device_name(device),
@@ -91,16 +91,12 @@ def metric_definitions(image_sizes: list[list[int]]) -> dict[str, Any]:
         "ssim_windows": windows,
         "ssim_borders": "reflected",
         "ssim_sigmas": [ssim_sigma(window) for window in windows],
-        "ms_ssim": f"five scales, null unless all images have at least {MIN_MS_SSIM_SIZE} pixels a side",
+        "ms_ssim": f"five scales, null unless all images have at least {MIN_MS_SSIM_SIZE} pixels a side; window 11, sigma "
+        "1.5, borders left out but at the last scale reflected, negative parts count as zero",
         "fid": "Fréchet distance of features to those of the same images as they were read; float64, squared",
         "kid": "kernel (x·y / D + 1)^3, unbiased, mean over disjoint subsets; _se is the standard error of that mean",
         "seconds_per_image": "decoding with the VAE; without the first batch where there are several",
     }
-
-
-def sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def device_name(device: torch.device) -> str:

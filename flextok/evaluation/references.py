@@ -10,6 +10,7 @@ import logging
 import zipfile
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -40,10 +41,11 @@ class Reference:
 
     def save(self, file: Path) -> None:
         """Write a file, whole or not at all."""
-        arrays = {"mu": self.mean, "sigma": self.covariance, "sample": self.sample}
+        tensors = {"mu": self.mean, "sigma": self.covariance, "sample": self.sample}
+        arrays: dict[str, Any] = {name: tensor.numpy() for name, tensor in tensors.items()}
+        arrays["about"] = np.array(json.dumps(self.about))
         with atomic_path(file) as temporary, temporary.open("wb") as stream:
-            about = np.array(json.dumps(self.about))
-            np.savez(stream, about=about, **{name: tensor.numpy() for name, tensor in arrays.items()})
+            np.savez(stream, **arrays)
 
     @classmethod
     def load(cls, file: Path) -> "Reference":
@@ -107,7 +109,7 @@ def cached_references(
         computed = compute_references({name: extractors[name] for name in unknown}, read_images(), sample_size, device)
         for name, reference in computed.items():
             reference.about.update(wanted[name])
-            by_first_process(lambda reference=reference, file=files[name]: reference.save(file))
+            by_first_process(partial(reference.save, files[name]))
             found[name] = reference
     return {name: found[name] for name in extractors}
 

@@ -80,9 +80,7 @@ def run_sweep(
 
     images_sha256 = content.of_all_processes()
     if judges.images_sha256 not in (None, images_sha256):
-        raise ValueError(
-            "evaluation: these images are not those that the references were made of; did the data change?"
-        )
+        raise ValueError("the images changed while they were evaluated: references were made of other ones")
 
     statistics = token_statistics(torch.cat(tokens), model.regularizer.codebook_size)
     return SweepResult(

@@ -84,6 +84,18 @@ def test_the_table_has_one_line_per_keep_k_and_the_vae(report):
     assert "6 images" in lines[5]
 
 
+def test_the_table_shows_the_metrics_that_were_asked_for_and_says_what_is_missing(report):
+    metrics = json.loads(json.dumps(report[0]))
+    metrics["protocol"]["distances"] = {"lpips": {}}
+    for row in (*metrics["results"], metrics["vae"]):
+        row |= {"fid_dinov2": 3.14159, "kid_dinov2": 0.01, "kid_dinov2_se": 0.001, "lpips": None, "lpips_se": None}
+        row["missing"] = "lpips, lpips_se: there is no file"
+    header, *lines = format_table(metrics).splitlines()
+    assert header.split()[-2:] == ["fid_dinov2", "kid_dinov2"]
+    assert all(line.split()[-2:] == ["3.142", "0.01000"] for line in lines[:4])
+    assert lines[-1] == "missing: lpips, lpips_se: there is no file"
+
+
 def test_the_grid_holds_a_tile_per_row_and_image(report):
     with Image.open(report[1] / "grid.png") as picture:
         # Original, VAE and three keep_k, three tiles of 64 pixels each, gaps of 4, margins of 12.
