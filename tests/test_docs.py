@@ -28,7 +28,7 @@ SMALL_RELEASE = (
 )
 # Enough of an evaluation to see that it works.
 QUICK_EVALUATION = (
-    *("evaluation.num_images=1", "evaluation.steps=1", "evaluation.grid_images=1", "evaluation.device=cpu"),
+    *("evaluation.num_images=2", "evaluation.steps=1", "evaluation.grid_images=1", "evaluation.device=cpu"),
     "++data.num_workers=0",
 )
 
@@ -120,7 +120,7 @@ def run_eval(arguments, caplog):
     config = compose([*arguments, *QUICK_EVALUATION, *smaller], "eval")
     check_config(config)
     metrics, folder = run(config)
-    assert metrics["protocol"]["num_images"] == 1
+    assert metrics["protocol"]["num_images"] == 2
     assert (folder / "metrics.json").exists()
 
 

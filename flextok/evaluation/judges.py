@@ -17,6 +17,7 @@ from flextok.evaluation.features import FeatureExtractor, MissingWeightsError, a
 from flextok.evaluation.images import first_images
 from flextok.evaluation.reconstruction import MetricTable, mean_and_error
 from flextok.evaluation.references import (
+    Batches,
     Reference,
     by_first_process,
     cached_references,
@@ -81,10 +82,23 @@ def build_judges(
     if not extractors:
         return Judges(distances=distances, missing=missing)
 
-    def read() -> Iterable[tuple[Tensor, Sequence[str]]]:
+    def read() -> Batches:
         return first_images(open_batches(), settings.num_images)
 
     images_sha256 = images_sum(read())
+    references = _references(extractors, settings, read, images_sha256, device)
+    return Judges(
+        extractors=extractors, references=references, distances=distances, missing=missing, images_sha256=images_sha256
+    )
+
+
+def _references(
+    extractors: Mapping[str, FeatureExtractor],
+    settings: EvaluationSettings,
+    read: Callable[[], Batches],
+    images_sha256: str,
+    device: torch.device,
+) -> dict[str, Reference]:
     if settings.import_references is not None:
         references = imported_references(extractors, Path(settings.import_references).expanduser())
     else:
@@ -97,20 +111,19 @@ def build_judges(
             device=device,
         )
     for name, reference in references.items():
+        num_images, dim = reference.about["num_images"], len(reference.mean)
         if reference.about["images_sha256"] != images_sha256:
             logger.warning("features.%s: the imported references are of other images than those evaluated", name)
-        if reference.about["num_images"] <= len(reference.mean):
+        if num_images <= dim:
             logger.warning(
                 "features.%s: %d images are too few for a covariance of %d features, which is singular; the Fréchet "
                 "distance then depends strongly on the number of images, KID does not",
-                *(name, reference.about["num_images"], len(reference.mean)),
+                *(name, num_images, dim),
             )
         if settings.export_references is not None:
             folder = Path(settings.export_references).expanduser()
             by_first_process(partial(reference.save, folder / f"{name}.npz"))
-    return Judges(
-        extractors=extractors, references=references, distances=distances, missing=missing, images_sha256=images_sha256
-    )
+    return references
 
 
 class PointMetrics:

@@ -91,8 +91,8 @@ def metric_definitions(image_sizes: list[list[int]]) -> dict[str, Any]:
         "ssim_windows": windows,
         "ssim_borders": "reflected",
         "ssim_sigmas": [ssim_sigma(window) for window in windows],
-        "ms_ssim": f"five scales, null unless all images have at least {MIN_MS_SSIM_SIZE} pixels a side; window 11, sigma "
-        "1.5, borders left out but at the last scale reflected, negative parts count as zero",
+        "ms_ssim": f"five scales; null unless all images have at least {MIN_MS_SSIM_SIZE} pixels a side",
+        "ms_ssim_window": "11, sigma 1.5; borders left out, at the last scale reflected; negative parts count as zero",
         "fid": "Fréchet distance of features to those of the same images as they were read; float64, squared",
         "kid": "kernel (x·y / D + 1)^3, unbiased, mean over disjoint subsets; _se is the standard error of that mean",
         "seconds_per_image": "decoding with the VAE; without the first batch where there are several",

@@ -13,7 +13,7 @@ def in_processes(function, folder, *arguments, world_size=2):
     """What `function(rank, world_size, *arguments)` returns in each process, in the order of ranks."""
     folder.mkdir(exist_ok=True)
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["flextok.evaluation.judges"])
+    context.set_forkserver_preload(["flextok.evaluation.sweep", "scipy.linalg", "torchmetrics.image.fid", "hypothesis"])
     processes = [
         context.Process(target=_process, args=(function, folder, rank, world_size, arguments))
         for rank in range(world_size)
