@@ -6,7 +6,7 @@ from pathlib import Path
 
 PACKAGES = (
     *("flextok", "torch", "numpy", "einops", "pillow", "safetensors", "hydra-core", "omegaconf"),
-    *("lightning", "torchmetrics", "diffusers"),
+    *("lightning", "torchmetrics", "diffusers", "transformers"),
 )
 
 

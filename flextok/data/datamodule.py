@@ -1,7 +1,7 @@
 """The one interface behind which every dataset lives."""
 
 from abc import ABC, abstractmethod
-from typing import Any, Literal, TypeAlias
+from typing import Any, ClassVar, Literal, TypeAlias
 
 import torch
 from lightning import LightningDataModule
@@ -30,6 +30,9 @@ class ImageDataModule(LightningDataModule, ABC):
     Raises:
         ValueError: A size is not positive, or (in `setup`) the train set does not fill one batch.
     """
+
+    transform: ClassVar[str] = "central square, resized to image_size in one step, bicubic with antialiasing (Pillow)"
+    """How images of the splits for evaluation are made, for reports."""
 
     def __init__(
         self,

@@ -1,14 +1,16 @@
 """Say how numbers came about: everything needed to get them again, in plain types for JSON."""
 
-import hashlib
 import platform
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+from hydra.utils import get_class
 
-from flextok.evaluation.reconstruction import PSNR_CAP, ssim_sigma, ssim_window
+from flextok.evaluation.features import sha256_of_file
+from flextok.evaluation.judges import Judges
+from flextok.evaluation.reconstruction import MIN_MS_SSIM_SIZE, PSNR_CAP, ssim_sigma, ssim_window
 from flextok.evaluation.settings import EvaluationSettings
 from flextok.evaluation.sweep import SweepResult
 from flextok.provenance import git_revision, package_versions
@@ -17,6 +19,7 @@ from flextok.provenance import git_revision, package_versions
 def build_protocol(
     *,
     sweep: SweepResult,
+    judges: Judges,
     settings: EvaluationSettings,
     data: Mapping[str, Any],
     checkpoint: Path,
@@ -35,6 +38,8 @@ def build_protocol(
         "num_images_requested": settings.num_images,
         "image_sizes": sweep.image_sizes,
         "data": dict(data),
+        "images_sha256": sweep.images_sha256,
+        "transform": image_transform(data),
         "keep_ks": [result["keep_k"] for result in sweep.results],
         "steps": settings.steps,
         "sampler": settings.sampler,
@@ -45,11 +50,17 @@ def build_protocol(
         "guidance_every": settings.guidance_every,
         "weights": weights,
         "seed": settings.seed,
+        "features": settings.features,
+        "distances": settings.distances,
+        "networks": judges.protocol(),
+        "kid_subsets": settings.kid_subsets,
+        "kid_subset_size": settings.kid_subset_size,
+        "import_references": settings.import_references,
         "batch_size": settings.batch_size,
         "checkpoint": _shown(checkpoint),
         "weights_file": weights_file.name,
         # Of a checkpoint that is a folder: its `meta.pt` holds the sums of all its files.
-        "weights_sha256": sha256(weights_file / META if weights_file.is_dir() else weights_file),
+        "weights_sha256": sha256_of_file(weights_file / META if weights_file.is_dir() else weights_file),
         "git_revision": git_revision(),
         "versions": {"python": platform.python_version(), **package_versions()},
         "device": device_name(device),
@@ -65,6 +76,11 @@ def _shown(path: Path) -> str:
     return str(path.relative_to(here) if path.is_relative_to(here) else path)
 
 
+def image_transform(data: Mapping[str, Any]) -> str | None:
+    """How the data module of a config makes images of `image_size`, in words; None if it does not say."""
+    return getattr(get_class(data["_target_"]), "transform", None)
+
+
 def metric_definitions(image_sizes: list[list[int]]) -> dict[str, Any]:
     """What the metrics of images of these sizes mean."""
     windows = sorted({ssim_window(height, width) for height, width in image_sizes})
@@ -75,13 +91,12 @@ def metric_definitions(image_sizes: list[list[int]]) -> dict[str, Any]:
         "ssim_windows": windows,
         "ssim_borders": "reflected",
         "ssim_sigmas": [ssim_sigma(window) for window in windows],
+        "ms_ssim": f"five scales; null unless all images have at least {MIN_MS_SSIM_SIZE} pixels a side",
+        "ms_ssim_window": "11, sigma 1.5; borders left out, at the last scale reflected; negative parts count as zero",
+        "fid": "Fréchet distance of features to those of the same images as they were read; float64, squared",
+        "kid": "kernel (x·y / D + 1)^3, unbiased, mean over disjoint subsets; _se is the standard error of that mean",
         "seconds_per_image": "decoding with the VAE; without the first batch where there are several",
     }
-
-
-def sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def device_name(device: torch.device) -> str:

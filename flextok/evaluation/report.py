@@ -23,6 +23,8 @@ TABLE_COLUMNS = {
     "mse": ("MSE", "{:.5f}"),
     "seconds_per_image": ("s/image", "{:.4f}"),
 }
+# Metrics that not every evaluation has.
+MORE_COLUMNS = {"ms_ssim": "{:.4f}", "fid_": "{:.3f}", "kid_": "{:.5f}"}
 
 
 def write_report(sweep: SweepResult, protocol: Mapping[str, Any], folder: Path) -> dict[str, Any]:
@@ -67,11 +69,12 @@ def grid_rows(sweep: SweepResult) -> dict[str, Tensor]:
 
 
 def format_table(metrics: Mapping[str, Any]) -> str:
-    """The results as aligned text, one line per `keep_k`, then the VAE alone and the token statistics."""
-    lines = [[title for title, _ in TABLE_COLUMNS.values()]]
+    """The results as aligned text, one line per `keep_k`, then the VAE alone, token statistics, what is missing."""
+    columns = TABLE_COLUMNS | _more_columns(metrics)
+    lines = [[title for title, _ in columns.values()]]
     for result in [*metrics["results"], {"keep_k": "VAE", **metrics["vae"]}]:
-        lines.append([_cell(result.get(name), form) for name, (_, form) in TABLE_COLUMNS.items()])
-    widths = [max(len(line[column]) for line in lines) for column in range(len(TABLE_COLUMNS))]
+        lines.append([_cell(result.get(name), form) for name, (_, form) in columns.items()])
+    widths = [max(len(line[column]) for line in lines) for column in range(len(columns))]
     table = ["  ".join(cell.rjust(width) for cell, width in zip(line, widths, strict=True)) for line in lines]
     tokens = metrics["tokens"]
     summary = (
@@ -79,7 +82,18 @@ def format_table(metrics: Mapping[str, Any]) -> str:
         f"of {tokens['codebook_size']}, perplexity {tokens['perplexity']:.1f}, "
         f"entropy {tokens['entropy_bits_mean']:.2f} of {tokens['bits_per_token']:.2f} bits per token"
     )
-    return "\n".join([*table, summary]) + "\n"
+    reasons = metrics["vae"].get("missing")
+    return "\n".join([*table, summary, *([f"missing: {reasons}"] if reasons else [])]) + "\n"
+
+
+def _more_columns(metrics: Mapping[str, Any]) -> dict[str, tuple[str, str]]:
+    forms = MORE_COLUMNS | dict.fromkeys(metrics["protocol"]["distances"], "{:.4f}")
+    known = {name: form for name in metrics["vae"] for start, form in forms.items() if name.startswith(start)}
+    return {
+        name: (name, form)
+        for name, form in known.items()
+        if metrics["vae"][name] is not None and not name.endswith("_se")
+    }
 
 
 def _cell(value: Any, form: str) -> str:

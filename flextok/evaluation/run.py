@@ -10,6 +10,7 @@ from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 
 from flextok.attention.engine import record_backends
+from flextok.evaluation.judges import build_judges
 from flextok.evaluation.protocol import build_protocol
 from flextok.evaluation.report import write_report
 from flextok.evaluation.settings import EvaluationSettings, resolve_keep_ks
@@ -34,11 +35,13 @@ def run(config: DictConfig) -> tuple[dict[str, Any], Path]:
 
     model, weights = source.load(weights=settings.weights)
     resolve_keep_ks(settings.keep_ks, model.num_registers)
+    judges = build_judges(settings, lambda: open_split(data, settings.split), device)
     set_attention_backend(model, config.attention.backend)
     with record_backends() as backends:
-        sweep = run_sweep(model, open_split(data, settings.split), settings, device=device)
+        sweep = run_sweep(model, open_split(data, settings.split), settings, device=device, judges=judges)
     protocol = build_protocol(
         sweep=sweep,
+        judges=judges,
         settings=settings,
         data=data,
         checkpoint=source.path,

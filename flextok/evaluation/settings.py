@@ -5,11 +5,14 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any, Literal
 
+from flextok.evaluation.reconstruction import METRICS
 from flextok.flow_matching.sampling import check_sampling
 from flextok.model.keep_k import default_keep_ks
 
 SPLITS = ("test", "val")
 WEIGHTS = ("ema", "raw")
+# Names of columns that no network may take; every metric has `<name>_se` beside it.
+OTHER_COLUMNS = ("keep_k", "bits_per_image", "seconds_per_image", "psnr_of_mean_mse", "missing")
 # Those that are called here as in `FlexTok.decode`.
 SAMPLING_OPTIONS = (
     "sampler",
@@ -40,6 +43,13 @@ class EvaluationSettings:
     seed: int
     grid_images: int
     device: str
+    features: dict[str, dict[str, Any]]
+    distances: dict[str, dict[str, Any]]
+    kid_subsets: int
+    kid_subset_size: int
+    reference_cache: str
+    import_references: str | None
+    export_references: str | None
 
     @classmethod
     def from_mapping(cls, values: Mapping[str, Any]) -> "EvaluationSettings":
@@ -88,7 +98,10 @@ def resolve_keep_ks(keep_ks: Sequence[Any] | None, num_registers: int) -> list[i
 def _check_options(values: Mapping[str, Any]) -> None:
     if values["num_images"] is not None:
         _require_int("num_images", values["num_images"], minimum=1)
-    for name, minimum in (("steps", 1), ("batch_size", 1), ("grid_images", 1), ("seed", 0)):
+    for name, minimum in (
+        *(("steps", 1), ("batch_size", 1), ("grid_images", 1), ("seed", 0)),
+        *(("kid_subsets", 1), ("kid_subset_size", 2)),
+    ):
         _require_int(name, values[name], minimum=minimum)
     _require_choice("split", values["split"], SPLITS)
     _require_choice("weights", values["weights"], WEIGHTS)
@@ -103,6 +116,22 @@ def _check_options(values: Mapping[str, Any]) -> None:
     check_sampling(**{name: values[name] for name in checked}, prefix="evaluation.")
     if not isinstance(values["device"], str):
         raise ValueError(f"evaluation.device={values['device']!r}: valid is a name such as auto, cpu or cuda")
+    for name in ("reference_cache", "import_references", "export_references"):
+        if not isinstance(values[name], str) and (values[name] is not None or name == "reference_cache"):
+            raise ValueError(f"evaluation.{name}={values[name]!r}: valid is a folder")
+    for group in ("features", "distances"):
+        _check_networks(group, values[group])
+
+
+def _check_networks(group: str, networks: object) -> None:
+    if not isinstance(networks, Mapping):
+        raise ValueError(f"evaluation.{group}={networks!r}: valid are networks by name, {{<name>: {{_target_: ...}}}}")
+    for name, config in networks.items():
+        # A name becomes a column of the results.
+        if not isinstance(name, str) or not name.isidentifier() or name in (*METRICS, *OTHER_COLUMNS):
+            raise ValueError(f"evaluation.{group}: {name!r} is no name for a network; valid are letters, digits and _")
+        if not isinstance(config, Mapping) or not isinstance(config.get("_target_"), str):
+            raise ValueError(f"evaluation.{group}.{name}={config!r}: valid is a config with a _target_")
 
 
 def _require_int(name: str, value: object, *, minimum: int) -> None:

@@ -2,7 +2,7 @@
 
 import logging
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -10,7 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from flextok.evaluation.reconstruction import MetricTable
+from flextok.evaluation.images import ImageSetHash, first_images
+from flextok.evaluation.judges import NO_JUDGES, Judges, PointMetrics
 from flextok.evaluation.settings import EvaluationSettings, resolve_keep_ks
 from flextok.evaluation.tokens import token_statistics
 from flextok.reconstruct import decode_latents, decode_tokens, encode_images
@@ -27,6 +28,7 @@ class SweepResult:
     tokens: dict[str, Any]
     num_images: int
     image_sizes: list[list[int]]
+    images_sha256: str
     originals: Tensor
     vae_reconstructions: Tensor
     reconstructions: dict[int, Tensor]
@@ -34,29 +36,39 @@ class SweepResult:
 
 @torch.no_grad()
 def run_sweep(
-    model: Any, batches: Iterable[Mapping[str, Any]], settings: EvaluationSettings, *, device: torch.device
+    model: Any,
+    batches: Iterable[Mapping[str, Any]],
+    settings: EvaluationSettings,
+    *,
+    device: torch.device,
+    judges: Judges = NO_JUDGES,
 ) -> SweepResult:
-    """Evaluate `model` on batches of `{"image": [B, 3, H, W] in [-1, 1], "key": list of B names}`."""
+    """Evaluate `model` on batches of `{"image": [B, 3, H, W] in [-1, 1], "key": list of B names}`.
+
+    Raises ValueError for a split without images, or other ones than those that `judges` has references of.
+    """
     keep_ks = resolve_keep_ks(settings.keep_ks, model.num_registers)
     model.to(device).eval()
     decode_options = settings.decode_options()
-    tables = {keep_k: MetricTable() for keep_k in keep_ks}
+    tables = {keep_k: PointMetrics(judges, settings) for keep_k in keep_ks}
     clocks = {keep_k: _Clock(device) for keep_k in keep_ks}
-    vae_table, tokens, sizes = MetricTable(), [], set()
+    vae_table, tokens, sizes = PointMetrics(judges, settings), [], set()
+    content = ImageSetHash()
     pictures = _Pictures(settings.grid_images)
 
     num_images = 0
-    for images, keys in _first_images(batches, settings.num_images):
+    for images, keys in first_images(batches, settings.num_images):
+        content.add(images, keys)
         images = images.to(device)
         encoded = encode_images(model, images, keys, seed=settings.seed)
         tokens.append(torch.cat(encoded.tokens).cpu())
         vae_images = decode_latents(model, encoded)
-        vae_table.add(vae_images, images)
+        vae_table.add(images, vae_images, keys)
         pictures.add({"original": images, "vae": vae_images})
         for keep_k in keep_ks:
             with clocks[keep_k].measure(len(keys)):
                 decoded = decode_tokens(model, encoded, keep_k=keep_k, seed=settings.seed, **decode_options)
-            tables[keep_k].add(decoded, images)
+            tables[keep_k].add(images, decoded, keys)
             pictures.add({keep_k: decoded})
         sizes.add(tuple(images.shape[-2:]))
         num_images += len(keys)
@@ -65,6 +77,10 @@ def run_sweep(
         raise ValueError(f"evaluation.split={settings.split!r}: this split holds no images")
     if settings.num_images is not None and num_images < settings.num_images:
         logger.warning("asked for %d images, the split holds %d", settings.num_images, num_images)
+
+    images_sha256 = content.of_all_processes()
+    if judges.images_sha256 not in (None, images_sha256):
+        raise ValueError("the images changed while they were evaluated: references were made of other ones")
 
     statistics = token_statistics(torch.cat(tokens), model.regularizer.codebook_size)
     return SweepResult(
@@ -81,21 +97,11 @@ def run_sweep(
         tokens=statistics,
         num_images=num_images,
         image_sizes=[list(size) for size in sorted(sizes)],
+        images_sha256=images_sha256,
         originals=pictures["original"],
         vae_reconstructions=pictures["vae"],
         reconstructions={keep_k: pictures[keep_k] for keep_k in keep_ks},
     )
-
-
-def _first_images(batches: Iterable[Mapping[str, Any]], limit: int | None) -> Iterator[tuple[Tensor, Sequence[str]]]:
-    left = limit
-    for batch in batches:
-        images, keys = batch["image"], batch["key"]
-        take = len(images) if left is None else min(left, len(images))
-        yield images[:take], keys[:take]
-        left = None if left is None else left - take
-        if left == 0:
-            return
 
 
 class _Clock:

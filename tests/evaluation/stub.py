@@ -21,6 +21,13 @@ SETTINGS = {
     "seed": 0,
     "grid_images": 3,
     "device": "cpu",
+    "features": {},
+    "distances": {},
+    "kid_subsets": 10,
+    "kid_subset_size": 1000,
+    "reference_cache": "cache/references",
+    "import_references": None,
+    "export_references": None,
 }
 
 

@@ -8,6 +8,7 @@ import pytest
 import torch
 from PIL import Image
 
+from flextok.evaluation.judges import NO_JUDGES
 from flextok.evaluation.protocol import build_protocol
 from flextok.evaluation.report import format_table, write_report
 from flextok.evaluation.settings import EvaluationSettings
@@ -15,6 +16,7 @@ from flextok.evaluation.sweep import run_sweep
 from flextok.pictures import image_grid, save_image, tile_size
 from tests.evaluation.stub import SETTINGS, StubTokenizer, random_batches
 
+DIGITS = {"_target_": "flextok.data.digits.DigitsDataModule"}
 FILES = ["grid.png", "metrics.csv", "metrics.json", "rate_distortion.png"]
 
 
@@ -26,8 +28,9 @@ def report(tmp_path):
     weights.write_bytes(b"abc")
     protocol = build_protocol(
         sweep=sweep,
+        judges=NO_JUDGES,
         settings=settings,
-        data={"_target_": "digits"},
+        data=DIGITS,
         checkpoint=weights,
         weights_file=weights,
         weights="as exported",
@@ -58,7 +61,7 @@ def test_the_protocol_says_how_the_numbers_came_about(report):
     assert protocol["num_images"] == 6
     assert protocol["image_sizes"] == [[8, 8]]
     assert protocol["keep_ks"] == [1, 2, 4]
-    assert protocol["data"] == {"_target_": "digits"}
+    assert protocol["data"] == DIGITS
     # printf abc | sha256sum
     assert protocol["weights_sha256"].startswith("ba7816bf8f01cfea")
     assert protocol["versions"]["torch"].startswith("2.")
@@ -79,6 +82,18 @@ def test_the_table_has_one_line_per_keep_k_and_the_vae(report):
     assert [line.split()[0] for line in lines[1:5]] == ["1", "2", "4", "VAE"]
     assert len({len(line) for line in lines[:5]}) == 1
     assert "6 images" in lines[5]
+
+
+def test_the_table_shows_the_metrics_that_were_asked_for_and_says_what_is_missing(report):
+    metrics = json.loads(json.dumps(report[0]))
+    metrics["protocol"]["distances"] = {"lpips": {}}
+    for row in (*metrics["results"], metrics["vae"]):
+        row |= {"fid_dinov2": 3.14159, "kid_dinov2": 0.01, "kid_dinov2_se": 0.001, "lpips": None, "lpips_se": None}
+        row["missing"] = "lpips, lpips_se: there is no file"
+    header, *lines = format_table(metrics).splitlines()
+    assert header.split()[-2:] == ["fid_dinov2", "kid_dinov2"]
+    assert all(line.split()[-2:] == ["3.142", "0.01000"] for line in lines[:4])
+    assert lines[-1] == "missing: lpips, lpips_se: there is no file"
 
 
 def test_the_grid_holds_a_tile_per_row_and_image(report):

@@ -34,11 +34,30 @@ from tests.evaluation.stub import SETTINGS
         ("guidance_interval", None, "two times"),
         ("guidance_every", 0, "at least 1"),
         ("guidance_every", 1.5, "whole number"),
+        ("kid_subsets", 0, "at least 1"),
+        ("kid_subset_size", 1, "at least 2"),
+        ("reference_cache", None, "a folder"),
+        ("import_references", 3, "a folder"),
+        ("export_references", True, "a folder"),
+        ("features", ["inception"], "networks by name"),
+        ("distances", "lpips", "networks by name"),
     ],
 )
 def test_the_message_names_field_value_and_valid_values(field, value, valid):
     with pytest.raises(ValueError, match=f"evaluation.{field}={re.escape(repr(value))}.*{valid}"):
         EvaluationSettings.from_mapping({**SETTINGS, field: value})
+
+
+@pytest.mark.parametrize("name", ["psnr", "keep_k", "a-b", "", "1st"])
+def test_networks_have_names_that_can_be_columns(name):
+    with pytest.raises(ValueError, match=rf"evaluation\.distances: {name!r} is no name for a network"):
+        EvaluationSettings.from_mapping({**SETTINGS, "distances": {name: {"_target_": "a.B"}}})
+
+
+@pytest.mark.parametrize("network", [None, "a.B", {"path": "x"}])
+def test_a_network_is_a_config_with_a_target(network):
+    with pytest.raises(ValueError, match=r"evaluation\.features\.mine=.*valid is a config with a _target_"):
+        EvaluationSettings.from_mapping({**SETTINGS, "features": {"mine": network}})
 
 
 def test_unknown_and_missing_options_are_named():
