@@ -27,8 +27,6 @@ def build_protocol(
     attention_backends: Sequence[str],
 ) -> dict[str, Any]:
     """The `protocol` of `metrics.json`."""
-    from flextok.training.sharded_checkpoint import META
-
     return {
         "split": settings.split,
         "num_images": sweep.num_images,
@@ -48,8 +46,7 @@ def build_protocol(
         "batch_size": settings.batch_size,
         "checkpoint": _shown(checkpoint),
         "weights_file": weights_file.name,
-        # Of a checkpoint that is a folder: its `meta.pt` holds the sums of all its files.
-        "weights_sha256": sha256(weights_file / META if weights_file.is_dir() else weights_file),
+        "weights_sha256": weights_sha256(weights_file),
         "git_revision": git_revision(),
         "versions": {"python": platform.python_version(), **package_versions()},
         "device": device_name(device),
@@ -79,8 +76,11 @@ def metric_definitions(image_sizes: list[list[int]]) -> dict[str, Any]:
     }
 
 
-def sha256(path: Path) -> str:
-    with path.open("rb") as file:
+def weights_sha256(path: Path) -> str:
+    """Of a file; of a checkpoint that is a folder, that of its `meta.pt`, which holds the sums of all its files."""
+    from flextok.training.sharded_checkpoint import META
+
+    with (path / META if path.is_dir() else path).open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
