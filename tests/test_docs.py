@@ -1,5 +1,6 @@
 """What README and docs say works: commands run or at least compose, code runs, names, links and trees are true."""
 
+import json
 import re
 import shlex
 import shutil
@@ -8,8 +9,10 @@ import sys
 from importlib import import_module
 from itertools import dropwhile
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+from huggingface_hub import HfApi
 from PIL import Image
 
 from flextok.config import CONFIG_FOLDER, check_config, compose
@@ -82,6 +85,9 @@ def prepared(tmp_path_factory):
         # `from_pretrained` prefers a folder to a repository of the same name.
         for name in ("released", "EPFL-VILAB/flextok_d18_d28_dfn"):
             export_model(instantiate(config), config, name)
+        Path("my_report").mkdir()
+        report = {"protocol": {"num_images": 1, "split": "test", "steps": 2}, "results": [{"keep_k": 1, "psnr": 9.0}]}
+        Path("my_report/metrics.json").write_text(json.dumps(report))
     return folder
 
 
@@ -177,6 +183,9 @@ def run_command(words, caplog):
 def test_commands_and_code_work_in_their_order(document, prepared, tmp_path, monkeypatch, caplog):
     shutil.copytree(prepared, tmp_path, dirs_exist_ok=True)
     monkeypatch.chdir(tmp_path)
+    # The hub itself is not asked.
+    monkeypatch.setattr(HfApi, "create_repo", lambda api, repo_id, **options: SimpleNamespace(repo_id=repo_id))
+    monkeypatch.setattr(HfApi, "upload_folder", lambda api, **options: "uploaded")
     for language, text in blocks(document):
         if language == "sh":
             for words in commands(text):

@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from flextok.data.shard_index import sha256_of
 from flextok.data.transforms import to_uint8
 
 # What a config of transformers says about the file, not the network.
@@ -84,7 +85,7 @@ class InceptionFeatures(FeatureExtractor):
                 f"{file} is no TorchScript file ({str(error).strip().splitlines()[0]}); valid: {INCEPTION_URL}. "
                 "pt_inception-2015-12-05-6726825d.pth and its like hold weights only"
             ) from error
-        self.sha256 = sha256_of_file(file)
+        self.sha256 = sha256_of(file)
         self.transform = "rounded to 8 bits; the network resizes them to 299 x 299 pixels and normalises them itself"
 
     def to(self, device: torch.device) -> None:
@@ -165,11 +166,6 @@ def as_extractor(built: Any, *, field: str) -> FeatureExtractor:
     if isinstance(built, nn.Module):
         return ModuleFeatures(built)
     raise ValueError(f"{field} builds a {type(built).__name__}; valid: a torch module from images to features [B, D]")
-
-
-def sha256_of_file(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def sha256_of_module(module: nn.Module, settings: str = "") -> str:

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from hydra.utils import get_class
 
-from flextok.evaluation.features import sha256_of_file
+from flextok.data.shard_index import sha256_of
 from flextok.evaluation.judges import Judges
 from flextok.evaluation.reconstruction import MIN_MS_SSIM_SIZE, PSNR_CAP, ssim_sigma, ssim_window
 from flextok.evaluation.settings import EvaluationSettings
@@ -30,8 +30,6 @@ def build_protocol(
     attention_backends: Sequence[str],
 ) -> dict[str, Any]:
     """The `protocol` of `metrics.json`."""
-    from flextok.training.sharded_checkpoint import META
-
     return {
         "split": settings.split,
         "num_images": sweep.num_images,
@@ -59,8 +57,7 @@ def build_protocol(
         "batch_size": settings.batch_size,
         "checkpoint": _shown(checkpoint),
         "weights_file": weights_file.name,
-        # Of a checkpoint that is a folder: its `meta.pt` holds the sums of all its files.
-        "weights_sha256": sha256_of_file(weights_file / META if weights_file.is_dir() else weights_file),
+        "weights_sha256": weights_sha256(weights_file),
         "git_revision": git_revision(),
         "versions": {"python": platform.python_version(), **package_versions()},
         "device": device_name(device),
@@ -97,6 +94,13 @@ def metric_definitions(image_sizes: list[list[int]]) -> dict[str, Any]:
         "kid": "kernel (x·y / D + 1)^3, unbiased, mean over disjoint subsets; _se is the standard error of that mean",
         "seconds_per_image": "decoding with the VAE; without the first batch where there are several",
     }
+
+
+def weights_sha256(path: Path) -> str:
+    """Of a file; of a checkpoint that is a folder, that of its `meta.pt`, which holds the sums of all its files."""
+    from flextok.training.sharded_checkpoint import META
+
+    return sha256_of(path / META if path.is_dir() else path)
 
 
 def device_name(device: torch.device) -> str:
