@@ -22,7 +22,7 @@ COMMANDS = {
     "export": "write a trained model as model.safetensors and config.json",
     "latents": "encode a data set with the VAE once, so that training need not",
     "prepare": "turn a folder of images or tar files into shards that training can stream",
-    "reconstruct": "show one image beside its reconstructions from more and more tokens",
+    "reconstruct": "show an image and its reconstructions from more and more tokens",
     "show-mask": "show which tokens of a model attend to which, as text and as a picture",
     "tokenize": "write the tokens of a folder of images or of tar files",
 }

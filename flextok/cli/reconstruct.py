@@ -1,4 +1,4 @@
-"""Show what a tokenizer makes of one image: the picture beside its reconstructions from more and more tokens.
+"""Show what a tokenizer makes of one image: it and its reconstructions from more and more tokens, with labels.
 
   flextok reconstruct cat.jpg --checkpoint runs/digits/2025-01-31_12-00-00
   flextok reconstruct cat.jpg cat_tokens.png --checkpoint my_tokenizer --keep-k 1 4 16 --guidance-scale 7.5
@@ -57,7 +57,7 @@ def run(args: argparse.Namespace) -> int:
     size = image_size_of(model, args.image_size)
     image = to_tensor(resize_shorter_center_crop(picture, size))[None]
     bits = math.log2(model.regularizer.codebook_size)
-    rows = {f"original\n{picture.width}×{picture.height}, {size}×{size}": image}
+    rows = {f"original\n{size} x {size} pixels": image}
     print("tokens      bits  PSNR/dB")
     with torch.no_grad():
         encoded = encode_images(model, image.to(model.device), [args.file.name], seed=args.seed)

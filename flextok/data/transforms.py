@@ -62,7 +62,7 @@ def read_image(encoded: Encoded, *, name: str) -> Image.Image:
 def why_unreadable(error: Exception) -> str:
     """What one of `DECODE_ERRORS` means, in words."""
     if isinstance(error, Image.DecompressionBombError | Image.DecompressionBombWarning):
-        return f"it has more pixels than the {MAX_PIXELS:,} that are read ({error})"
+        return f"it is too large ({error})"
     if isinstance(error, UnidentifiedImageError):
         return "it is no JPEG, PNG or WebP image"
     if isinstance(error, OSError) and error.errno is not None:
@@ -80,7 +80,7 @@ def _load(encoded: Encoded) -> Image.Image:
 def _load_pixels(image: Image.Image) -> Image.Image:
     # Pillow's own limit is a variable that any library may change, and up to twice of it it only warns.
     if image.width * image.height > MAX_PIXELS:
-        raise Image.DecompressionBombError(f"{image.width} x {image.height} pixels")
+        raise Image.DecompressionBombError(f"{image.width} x {image.height} pixels; at most {MAX_PIXELS:,} are read")
     image.load()
     return image
 
