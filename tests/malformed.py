@@ -1,4 +1,4 @@
-"""Image files that are odd, broken or hostile, and what has to become of each: a table for all that reads images."""
+"""Image files that are odd, broken or hostile, and what has to become of each: a table for all that reads images.
 
 Contents are made when they are asked for, and none of them takes more than a few megabytes of memory to make.
 """
