@@ -128,7 +128,7 @@ def test_tokenize_names_them_and_leaves_them_out(folder, model, tmp_path, caplog
     assert len(named) == len(REFUSED)
     for case in REFUSED:
         assert any(f": {case.name} ({case.expected.reason}" in message for message in named), case.name
-    assert f"{len(HANDLED)} images, 8 tokens each, {len(REFUSED)} unreadable" in capsys.readouterr().out
+    assert f"{len(HANDLED)} images, {len(REFUSED)} unreadable" in capsys.readouterr().out
 
 
 def test_tokenize_stops_at_too_many(folder, model, tmp_path, capsys):

@@ -69,7 +69,7 @@ def run(args: argparse.Namespace) -> int:
                 images = _decode(model, samples, keep_k=keep_k, size=size, seed=args.seed, **options)
                 _save(images, paths)
             bar.update(len(samples))
-    print(f"{args.destination}: {len(tokens)} images from {keep_k} tokens each")
+    print(f"{args.destination}: {len(tokens)} images from at most {keep_k} tokens each")
     return 0
 
 

@@ -23,12 +23,12 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--seed", type=int, default=0, help="for what is drawn for each image (default: 0)")
 
 
-def add_sampling_arguments(parser: argparse.ArgumentParser) -> None:
-    """`--steps`, `--guidance-scale` and `--perform-norm-guidance`."""
-    parser.add_argument("--steps", type=int, default=25, help="steps of the decoder (default: 25)")
-    parser.add_argument("--guidance-scale", type=float, default=1.0, help="1.0, the default, is without guidance")
+def add_sampling_arguments(parser: argparse.ArgumentParser, when: str = "") -> None:
+    """`--steps`, `--guidance-scale` and `--perform-norm-guidance`; `when` begins what is said of each."""
+    parser.add_argument("--steps", type=int, default=25, help=f"{when}steps of the decoder (default: 25)")
+    parser.add_argument("--guidance-scale", type=float, default=1.0, help=f"{when}1.0, the default, is none")
     parser.add_argument(
-        "--perform-norm-guidance", action="store_true", help="adaptive projected guidance instead of the plain one"
+        "--perform-norm-guidance", action="store_true", help=f"{when}adaptive projected guidance, not the plain one"
     )
 
 

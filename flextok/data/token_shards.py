@@ -46,7 +46,8 @@ class TokenShards(Dataset[TokenSample]):
 
     Attributes:
         metadata: How the tokens were made: `model` (`weights_sha256`, `codebook_size`, `num_registers`, `levels`),
-            `image_size`, `preprocessing`, `keep_k` (the number of ids of an image), `seed`, `format`.
+            `image_size`, `preprocessing`, `keep_k` (the number of ids of an image; with a `target` the largest),
+            `target`, `seed`, `format`.
 
     Raises:
         ValueError: It holds no tokens, not all of them yet, or a shard is missing or has another size than when it

@@ -21,6 +21,7 @@ from flextok.cli import main, shard_folder, token_writer
 from flextok.data import token_files
 from flextok.data.token_shards import TokenShards
 from flextok.data.transforms import decode, resize_shorter_center_crop, to_pil, to_tensor
+from flextok.evaluation.reconstruction import image_metrics
 from flextok.evaluation.source import find_source
 from flextok.provenance import weights_sha256
 from flextok.reconstruct import decode_tokens, encode_images
@@ -183,6 +184,39 @@ def test_images_may_have_different_numbers_of_tokens(model, tokens, tmp_path):
         (tmp_path / f"mixed/{r.key}.png").read_bytes() == (tmp_path / f"five/{r.key}.png").read_bytes() for r in short
     ]
     assert same == [len(row.ids) >= 5 for row in short]
+
+
+@pytest.mark.parametrize("batch_size", [30, 7])
+def test_a_target_stores_as_many_tokens_as_it_takes(batch_size, images, model, tokens, tmp_path, capsys):
+    target = 8.5
+    options = ("--target", f"psnr={target}", "--steps", 2, "--batch-size", batch_size)
+    tokenize(images, tmp_path / "short", model, *options)
+    found, full = ids(tmp_path / "short"), ids(tokens)
+    assert all(row == full[key][: len(row)] for key, row in found.items())
+    assert len({len(row) for row in found.values()}) > 1
+    loaded, expected = encoded(model, images)
+    truth = torch.stack([to_tensor(resize_shorter_center_crop(decode(images / key), 8)) for key in expected.keys])
+    psnr = {}
+    for keep_k in range(1, 9):
+        with torch.no_grad():
+            decoded = decode_tokens(loaded, expected, keep_k=keep_k, seed=0, timesteps=2)
+        psnr[keep_k] = dict(zip(expected.keys, image_metrics(decoded, truth)["psnr"], strict=True))
+    for key, row in found.items():
+        number = len(row)
+        assert psnr[number][key] >= target or number == 8
+        assert number == 1 or psnr[number - 1][key] < target
+    full_length = sum(len(row) == 8 for row in found.values())
+    assert f"tokens per image, {full_length} of the images take all 8" in capsys.readouterr().out
+    detokenize(tmp_path / "short", tmp_path / "images", model)
+    assert len([*(tmp_path / "images").rglob("*.png")]) == 30
+    with pytest.raises(ValueError, match="target"):
+        tokenize(images, tmp_path / "short", model, "--target", "psnr=9", "--steps", 2)
+
+
+def test_a_target_has_a_metric_and_a_number(images, model, tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        tokenize(images, tmp_path, model, "--target", "psnr")
+    assert "valid are psnr=NUMBER and ssim=NUMBER" in capsys.readouterr().err
 
 
 # --- interruptions ----------------------------------------------------------------------------------------------------
