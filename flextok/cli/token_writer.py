@@ -53,7 +53,7 @@ def write_tokens(
             _Squares(source, image_size=image_size),
             batch_sampler=[[*batch] for positions in shards.values() for batch in _batches(positions, batch_size)],
             num_workers=num_workers,
-            collate_fn=list,
+            collate_fn=_collate,
             # Without its own, a loader draws from torch's default generator.
             generator=torch.Generator().manual_seed(0),
         )
@@ -61,14 +61,16 @@ def write_tokens(
     for number, positions in shards.items():
         rows: list[TokenRow] = []
         for batch in _batches(positions, batch_size):
-            read = next(loader)
-            squares = [one for one in read if isinstance(one, _Square)]
-            for problem in (one for one in read if not isinstance(one, _Square)):
+            images, about, problems = next(loader)
+            for problem in problems:
                 logger.warning("leaving out an unreadable image: %s", problem)
                 bad.add(1)
-            if squares:
-                ids = encode(torch.stack([one.image for one in squares]), [one.key for one in squares])
-                rows += [_row(one, tokens) for one, tokens in zip(squares, ids, strict=True)]
+            if about:
+                ids = encode(images, [key for key, _, _ in about])
+                rows += [
+                    TokenRow(key, tokens.to("cpu", torch.int32).numpy(), height, width)
+                    for (key, height, width), tokens in zip(about, ids, strict=True)
+                ]
             report(len(batch))
         _write(folder, number, storage, rows, num_skipped=len(positions) - len(rows))
 
@@ -98,8 +100,15 @@ class _Square(NamedTuple):
     width: int
 
 
-def _row(square: _Square, ids: Tensor) -> TokenRow:
-    return TokenRow(square.key, ids.to("cpu", torch.int32).numpy(), square.height, square.width)
+def _collate(read: Sequence[_Square | str]) -> tuple[Tensor, list[tuple[str, int, int]], list[str]]:
+    """The images that could be read as one tensor, what each is, and what is wrong with the others.
+
+    In the worker: every tensor that a process hands over costs a file handle.
+    """
+    squares = [one for one in read if isinstance(one, _Square)]
+    images = torch.stack([one.image for one in squares]) if squares else torch.empty(0)
+    about = [(one.key, one.height, one.width) for one in squares]
+    return images, about, [one for one in read if isinstance(one, str)]
 
 
 class _Squares(Dataset[Any]):

@@ -27,7 +27,7 @@ from flextok.provenance import weights_sha256
 from flextok.reconstruct import decode_tokens, encode_images
 from tests.cli.test_prepare import make_tar
 from tests.data_modules.images import noise_image, spoil, write_images
-from tests.support import REPOSITORY, Interruptions, Killed, export_small_model
+from tests.support import RECORDED, REPOSITORY, Interruptions, Killed, export_small_model
 
 FORMATS = ("parquet", "webdataset")
 each_format = pytest.mark.parametrize("form", FORMATS)
@@ -142,6 +142,24 @@ def test_tar_files_of_images_give_the_same_ids_but_for_the_seed_of_their_keys(im
     assert ids(tmp_path / "out") == {f"a.tar/{key}": row for key, row in ids(tokens).items()}
 
 
+def test_a_run_and_its_export_are_one_model(run_folder, images, tmp_path):
+    assert run("export", run_folder, tmp_path / "export") == 0
+    tokenize(images, tmp_path / "of_run", run_folder)
+    tokenize(images, tmp_path / "of_export", tmp_path / "export")
+    assert content(tmp_path / "of_run") == content(tmp_path / "of_export")
+    with pytest.raises(ValueError, match=r"model.weights_sha256="):
+        tokenize(images, tmp_path / "of_run", run_folder, "--weights", "raw")
+
+
+def test_what_a_vae_draws_depends_on_the_seed_and_not_on_the_batch(images, tmp_path):
+    vae = ("vae=kl", f"latent.path={RECORDED / 'tiny_vae'}", "latent.channels=4", "data.image_size=32", "size.patch=2")
+    model = export_small_model(tmp_path / "model", *vae)
+    for name, seed, batch_size in (("one", 0, 1), ("many", 0, 16), ("other", 1, 16)):
+        tokenize(images, tmp_path / name, model, "--seed", seed, "--batch-size", batch_size)
+    assert ids(tmp_path / "one") == ids(tmp_path / "many")
+    assert ids(tmp_path / "one") != ids(tmp_path / "other")
+
+
 def test_a_name_in_other_bytes_is_left_out(model, tmp_path, caplog):
     write_images(tmp_path / "in", 4)
     noise_image(0).save(os.fsencode(tmp_path / "in") + b"/\xff.png", format="PNG")
@@ -186,10 +204,9 @@ def test_images_may_have_different_numbers_of_tokens(model, tokens, tmp_path):
     assert same == [len(row.ids) >= 5 for row in short]
 
 
-@pytest.mark.parametrize("batch_size", [30, 7])
-def test_a_target_stores_as_many_tokens_as_it_takes(batch_size, images, model, tokens, tmp_path, capsys):
+def test_a_target_stores_as_many_tokens_as_it_takes(images, model, tokens, tmp_path, capsys):
     target = 8.5
-    options = ("--target", f"psnr={target}", "--steps", 2, "--batch-size", batch_size)
+    options = ("--target", f"psnr={target}", "--steps", 2, "--batch-size", 7)
     tokenize(images, tmp_path / "short", model, *options)
     found, full = ids(tmp_path / "short"), ids(tokens)
     assert all(row == full[key][: len(row)] for key, row in found.items())
