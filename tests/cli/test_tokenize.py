@@ -151,11 +151,12 @@ def test_a_run_and_its_export_are_one_model(run_folder, images, tmp_path):
         tokenize(images, tmp_path / "of_run", run_folder, "--weights", "raw")
 
 
-def test_what_a_vae_draws_depends_on_the_seed_and_not_on_the_batch(images, tmp_path):
+def test_what_a_vae_draws_depends_on_the_seed_and_not_on_the_batch(tmp_path):
+    write_images(tmp_path / "images", 6)
     vae = ("vae=kl", f"latent.path={RECORDED / 'tiny_vae'}", "latent.channels=4", "data.image_size=32", "size.patch=2")
     model = export_small_model(tmp_path / "model", *vae)
     for name, seed, batch_size in (("one", 0, 1), ("many", 0, 16), ("other", 1, 16)):
-        tokenize(images, tmp_path / name, model, "--seed", seed, "--batch-size", batch_size)
+        tokenize(tmp_path / "images", tmp_path / name, model, "--seed", seed, "--batch-size", batch_size)
     assert ids(tmp_path / "one") == ids(tmp_path / "many")
     assert ids(tmp_path / "one") != ids(tmp_path / "other")
 
@@ -452,11 +453,11 @@ def test_a_thousand_images_there_and_back_in_flat_memory(tmp_path, monkeypatch):
     monkeypatch.setattr(detokenize_command, "_save", measured_save)
     tokenize(tmp_path / "images", tmp_path / "tokens", model, "--shard-size", 100, "--batch-size", 20)
     assert len(memory) == 10
-    assert memory[9] - memory[1] < 15
+    assert memory[9] - memory[1] < 25
     memory.clear()
     detokenize(tmp_path / "tokens", tmp_path / "decoded", model, "--batch-size", 20)
     assert len(memory) == 50
-    assert memory[49] - memory[9] < 15
+    assert memory[49] - memory[9] < 25
     assert len([*(tmp_path / "decoded").glob("*.png")]) == 1000
     again = ("--shard-size", 64, "--batch-size", 32, "--workers", 2, "--format", "webdataset")
     tokenize(tmp_path / "images", tmp_path / "again", model, *again)
