@@ -43,7 +43,7 @@ def run(args: argparse.Namespace) -> int:
     model, config = load_run(args.run_or_ckpt, weights=args.weights)
     # A run's config holds much besides the model; the model's own has its parts at the top.
     model_config = config.model if "model" in config else config
-    metrics = _metrics_of(args.run_or_ckpt, args.weights) if args.metrics is None else read_metrics(args.metrics)
+    metrics = _metrics_of(model, args.run_or_ckpt) if args.metrics is None else read_metrics(args.metrics)
     card = args.out_dir / "README.md"
     if card.exists() and not args.overwrite:
         raise FileExistsError(f"{card} exists; choose another folder or allow overwriting")
@@ -54,19 +54,17 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def _metrics_of(run_or_ckpt: Path, weights: str) -> dict[str, Any] | None:
+def _metrics_of(model: Any, run_or_ckpt: Path) -> dict[str, Any] | None:
     """What was measured of just these weights, in the place where `eval.py` writes it."""
-    from flextok.evaluation.protocol import weights_sha256
-    from flextok.evaluation.source import find_source, weights_meant
+    from flextok.evaluation.source import find_source
+    from flextok.provenance import weights_sha256
     from flextok.utils.model_card import read_metrics
 
-    source = find_source(str(run_or_ckpt), runs=Path())
-    path = source.default_output_dir / "metrics.json"
+    path = find_source(str(run_or_ckpt), runs=Path()).default_output_dir / "metrics.json"
     if not path.is_file():
         return None
     metrics = read_metrics(path)
-    measured = metrics["protocol"].get("weights"), metrics["protocol"].get("weights_sha256")
-    if measured == (weights_meant(source.weights_file, weights), weights_sha256(source.weights_file)):
+    if metrics["protocol"].get("weights_sha256") == weights_sha256(model):
         return metrics
     logger.warning(
         "the card says nothing of %s: it is of other weights; python eval.py checkpoint=%s measures these",

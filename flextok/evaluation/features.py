@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from flextok.data.shard_index import sha256_of
 from flextok.data.transforms import to_uint8
+from flextok.provenance import weights_sha256
 
 # What a config of transformers says about the file, not the network.
 _NOT_SETTINGS = ("_name_or_path", "transformers_version", "dtype", "torch_dtype", "architectures")
@@ -169,9 +170,6 @@ def as_extractor(built: Any, *, field: str) -> FeatureExtractor:
 
 
 def sha256_of_module(module: nn.Module, settings: str = "") -> str:
-    """Of its class, settings, and names, types, shapes and values of all weights and buffers in its state."""
-    digest = hashlib.sha256(f"{type(module).__module__}.{type(module).__qualname__} {settings}".encode())
-    for name, tensor in sorted(module.state_dict().items()):
-        digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())
-        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
-    return digest.hexdigest()
+    """Of its class, its settings, and all weights and buffers in its state."""
+    name = f"{type(module).__module__}.{type(module).__qualname__}"
+    return hashlib.sha256(f"{name} {settings} {weights_sha256(module)}".encode()).hexdigest()

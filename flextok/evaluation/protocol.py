@@ -7,13 +7,13 @@ from typing import Any
 
 import torch
 from hydra.utils import get_class
+from torch import nn
 
-from flextok.data.shard_index import sha256_of
 from flextok.evaluation.judges import Judges
 from flextok.evaluation.reconstruction import MIN_MS_SSIM_SIZE, PSNR_CAP, ssim_sigma, ssim_window
 from flextok.evaluation.settings import EvaluationSettings
 from flextok.evaluation.sweep import SweepResult
-from flextok.provenance import git_revision, package_versions
+from flextok.provenance import git_revision, package_versions, weights_sha256
 
 
 def build_protocol(
@@ -25,8 +25,8 @@ def build_protocol(
     checkpoint: Path,
     weights_file: Path,
     weights: str,
+    model: nn.Module,
     device: torch.device,
-    dtype: torch.dtype,
     attention_backends: Sequence[str],
 ) -> dict[str, Any]:
     """The `protocol` of `metrics.json`."""
@@ -57,11 +57,11 @@ def build_protocol(
         "batch_size": settings.batch_size,
         "checkpoint": _shown(checkpoint),
         "weights_file": weights_file.name,
-        "weights_sha256": weights_sha256(weights_file),
+        "weights_sha256": weights_sha256(model),
         "git_revision": git_revision(),
         "versions": {"python": platform.python_version(), **package_versions()},
         "device": device_name(device),
-        "dtype": str(dtype).removeprefix("torch."),
+        "dtype": str(next(model.parameters()).dtype).removeprefix("torch."),
         "attention_backends": list(attention_backends),
         "metrics": metric_definitions(sweep.image_sizes),
     }
@@ -94,13 +94,6 @@ def metric_definitions(image_sizes: list[list[int]]) -> dict[str, Any]:
         "kid": "kernel (x·y / D + 1)^3, unbiased, mean over disjoint subsets; _se is the standard error of that mean",
         "seconds_per_image": "decoding with the VAE; without the first batch where there are several",
     }
-
-
-def weights_sha256(path: Path) -> str:
-    """Of a file; of a checkpoint that is a folder, that of its `meta.pt`, which holds the sums of all its files."""
-    from flextok.training.sharded_checkpoint import META
-
-    return sha256_of(path / META if path.is_dir() else path)
 
 
 def device_name(device: torch.device) -> str:

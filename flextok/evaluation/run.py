@@ -47,8 +47,8 @@ def run(config: DictConfig) -> tuple[dict[str, Any], Path]:
         checkpoint=source.path,
         weights_file=source.weights_file,
         weights=weights,
+        model=model,
         device=device,
-        dtype=next(model.parameters()).dtype,
         attention_backends=sorted(set(backends)),
     )
     return write_report(sweep, protocol, folder), folder

@@ -127,14 +127,9 @@ def latest_run(runs: Path) -> Path:
 
 
 def _load_from_run(file: Path, weights: Literal["ema", "raw"]) -> tuple[Any, str]:
-    from flextok.training.checkpoints import load_run
-
-    return load_run(file, weights=weights)[0], weights_meant(file, weights)
-
-
-def weights_meant(file: Path, weights: str) -> str:
-    """`weights`, or `raw` where a checkpoint has no moving average."""
-    from flextok.training.checkpoints import read_checkpoint
+    from flextok.training.checkpoints import load_run, read_checkpoint
     from flextok.training.ema import CHECKPOINT_KEY
 
-    return weights if CHECKPOINT_KEY in read_checkpoint(file, values=False) else "raw"
+    model, _ = load_run(file, weights=weights)
+    has_average = CHECKPOINT_KEY in read_checkpoint(file, values=False)
+    return model, weights if has_average else "raw"
