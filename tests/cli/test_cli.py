@@ -192,7 +192,7 @@ def test_an_exported_run_is_loaded_by_the_hub_class_and_the_loader(given, run_fo
     packer = load_metadata(out / "model.safetensors")["decoder"]["module_dict"]["dec_seq_packer"]
     assert "drop_masked" not in packer
     assert packer["pad_to_multiple"] == 128
-    assert sorted(path.name for path in out.iterdir()) == ["config.json", "model.safetensors"]
+    assert sorted(path.name for path in out.iterdir()) == ["README.md", "config.json", "model.safetensors"]
 
 
 def test_export_takes_the_averaged_weights_unless_told_otherwise(run_folder, tmp_path):
