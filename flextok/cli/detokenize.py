@@ -117,7 +117,10 @@ def _open_folder(folder: Path, settings: Mapping[str, Any]) -> None:
 
     path = folder / SETTINGS
     if path.is_file():
-        stored = json.loads(path.read_text(encoding="utf-8"))
+        try:
+            stored = json.loads(path.read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise ValueError(f"{path} is damaged ({error}); write into another folder") from error
         check_same(stored, settings, where=f"DESTINATION: {folder} holds images")
         for leftover in folder.rglob(".*.png.*.tmp"):  # of a process that was killed while it wrote
             leftover.unlink()

@@ -401,6 +401,9 @@ def test_images_of_other_settings_or_of_something_else_are_not_mixed(model, toke
     detokenize(tokens, tmp_path / "out", model)
     with pytest.raises(ValueError, match="DESTINATION: .* holds images made with keep_k=8, not 2; valid"):
         detokenize(tokens, tmp_path / "out", model, "--keep-k", 2)
+    (tmp_path / "out/detokenize.json").write_text("{")
+    with pytest.raises(ValueError, match="detokenize.json is damaged"):
+        detokenize(tokens, tmp_path / "out", model)
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine/thesis.txt").write_text("mine")
     with pytest.raises(ValueError, match="was not written by `flextok detokenize`"):
