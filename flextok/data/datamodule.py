@@ -100,6 +100,15 @@ class ImageDataModule(LightningDataModule, ABC):
         """All readable test images, in order."""
         return self._eval_dataloader("test")
 
+    def transfer_batch_to_device(
+        self, batch: dict[str, Any], device: torch.device, dataloader_idx: int
+    ) -> dict[str, Any]:
+        """Move the tensors; Lightning would look for some in every key of every sample."""
+        return {
+            name: value.to(device, non_blocking=True) if isinstance(value, torch.Tensor) else value
+            for name, value in batch.items()
+        }
+
     def _eval_dataloader(self, split: Split) -> EvalLoader:
         dataset = self.datasets[split]
         return EvalLoader(

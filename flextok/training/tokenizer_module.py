@@ -71,15 +71,6 @@ class TokenizerModule(LightningModule):
             self.log_dict({names.get(name, f"train/{name}"): loss.detach() for name, loss in losses.items()})
         return losses["total"]
 
-    def transfer_batch_to_device(
-        self, batch: dict[str, Any], device: torch.device, dataloader_idx: int
-    ) -> dict[str, Any]:
-        """Move the tensors; Lightning would look for some in every key of every sample."""
-        return {
-            name: value.to(device, non_blocking=True) if isinstance(value, Tensor) else value
-            for name, value in batch.items()
-        }
-
     def on_validation_start(self) -> None:
         if isinstance(self.trainer.strategy, ShardedStrategy):
             self.trainer.strategy.check_validation(self.trainer.num_val_batches)
