@@ -153,6 +153,8 @@ def _calm_lightning() -> None:
     # Lightning 2.6 builds a class that torch 2.13 deprecates.
     deprecated = r"`isinstance\(treespec, LeafSpec\)` is deprecated"
     warnings.filterwarnings("ignore", message=deprecated, module=r"lightning\.pytorch\.utilities\._pytree")
+    # Steps are logged by their number in the run, however short its epochs are.
+    warnings.filterwarnings("ignore", message=r"The number of training batches \(\d+\) is smaller than the logging")
 
 
 def _is_no_advertisement(record: logging.LogRecord) -> bool:
