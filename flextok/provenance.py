@@ -1,5 +1,6 @@
 """Which code made a number: the versions of the packages and the revision of this one."""
 
+import hashlib
 import subprocess
 from importlib import metadata
 from pathlib import Path
@@ -24,6 +25,16 @@ def git_revision() -> str | None:
     except (OSError, subprocess.SubprocessError):
         return None
     return result.stdout.strip()
+
+
+def code_sha256() -> str:
+    """Of all files of this package, whether or not they are committed or in a repository."""
+    digest = hashlib.sha256()
+    package = Path(__file__).parent
+    for file in sorted(package.rglob("*.py")):
+        content = hashlib.sha256(file.read_bytes()).hexdigest()
+        digest.update(f"{file.relative_to(package).as_posix()} {content}\n".encode())
+    return digest.hexdigest()
 
 
 def _version(package: str) -> str | None:
