@@ -46,10 +46,20 @@ class Point(NamedTuple):
         """A name for its files."""
         return "_".join(f"{name}_{value}" for name, value in self.columns.items())
 
+    @property
+    def label(self) -> str:
+        """Such as `4 tokens, 25 steps`."""
+        return f"{tokens_label(self.keep_k)}, {self.curve.label}"
+
     def passes(self, sampler: str) -> int:
         """How often an image goes through the decoder, as far as an estimate of time needs it."""
         evaluations = 2 * self.curve.steps - 1 if sampler == "heun" else self.curve.steps
         return evaluations * (1 if self.curve.guidance_scale == 1.0 else 2)
+
+
+def tokens_label(keep_k: int) -> str:
+    """Such as `4 tokens`."""
+    return f"{keep_k} token{'s' if keep_k > 1 else ''}"
 
 
 def make_grid(settings: EvaluationSettings, keep_ks: Sequence[int]) -> list[Point]:

@@ -8,6 +8,8 @@ from typing import Any
 
 from torch import Tensor
 
+from flextok.evaluation.grid import tokens_label
+from flextok.evaluation.html_report import write_html
 from flextok.evaluation.pictures import as_floats
 from flextok.evaluation.plot import curves_of, rate_distortion
 from flextok.evaluation.points import text as key_text
@@ -52,7 +54,9 @@ def write_report(sweep: SweepResult, protocol: Mapping[str, Any], folder: Path) 
     figure = rate_distortion(curves_of(sweep.results), sweep.encoded.vae, ("psnr", "ssim"))
     with atomic_path(folder / "rate_distortion.png") as temporary:
         figure.savefig(temporary, dpi=150, format="png")
-    save_image(image_grid(grid_rows(sweep)), folder / "grid.png")
+    grid = image_grid(grid_rows(sweep))
+    save_image(grid, folder / "grid.png")
+    write_html(sweep, metrics, table_cells(metrics), grid, folder / "report.html")
     with atomic_path(folder / "metrics.json") as temporary:
         # NaN and infinity are no JSON; better to fail here than in the reader.
         temporary.write_text(json.dumps(metrics, indent=2, allow_nan=False) + "\n", encoding="utf-8")
@@ -93,20 +97,15 @@ def grid_rows(sweep: SweepResult) -> dict[str, Tensor]:
     rows = {"original": as_floats(encoded.originals), f"VAE only\n{quality}": as_floats(encoded.vae_reconstructions)}
     curves = {point.curve for point in sweep.points}
     for point, result, pictures in zip(sweep.points, sweep.results, sweep.pictures, strict=True):
-        tokens = f"{point.keep_k} token{'s' if point.keep_k > 1 else ''}"
         curve = [point.curve.label] if len(curves) > 1 else []
-        rows["\n".join([tokens, f"{result['psnr']:.1f} dB", *curve])] = as_floats(pictures.first)
+        rows["\n".join([tokens_label(point.keep_k), f"{result['psnr']:.1f} dB", *curve])] = as_floats(pictures.first)
     return rows
 
 
 def format_table(metrics: Mapping[str, Any]) -> str:
     """The results as aligned text, one line per point, then the VAE alone, token statistics, what is missing."""
-    columns = {name: column for name, column in TABLE_COLUMNS.items() if name not in AXES or _varies(metrics, name)}
-    columns |= _more_columns(metrics)
-    lines = [[title for title, _ in columns.values()]]
-    for result in [*metrics["results"], {"keep_k": "VAE", **metrics["vae"]}]:
-        lines.append([_cell(result.get(name), form) for name, (_, form) in columns.items()])
-    widths = [max(len(line[column]) for line in lines) for column in range(len(columns))]
+    lines = table_cells(metrics)
+    widths = [max(len(line[column]) for line in lines) for column in range(len(lines[0]))]
     table = ["  ".join(cell.rjust(width) for cell, width in zip(line, widths, strict=True)) for line in lines]
     tokens = metrics["tokens"]
     summary = (
@@ -116,6 +115,16 @@ def format_table(metrics: Mapping[str, Any]) -> str:
     )
     reasons = metrics["vae"].get("missing")
     return "\n".join([*table, summary, *([f"missing: {reasons}"] if reasons else [])]) + "\n"
+
+
+def table_cells(metrics: Mapping[str, Any]) -> list[list[str]]:
+    """The results as text: a header, one line per point, the VAE alone."""
+    columns = {name: column for name, column in TABLE_COLUMNS.items() if name not in AXES or _varies(metrics, name)}
+    columns |= _more_columns(metrics)
+    lines = [[title for title, _ in columns.values()]]
+    for result in [*metrics["results"], {"keep_k": "VAE", **metrics["vae"]}]:
+        lines.append([_cell(result.get(name), form) for name, (_, form) in columns.items()])
+    return lines
 
 
 def _varies(metrics: Mapping[str, Any], name: str) -> bool:

@@ -70,7 +70,7 @@ def run_points(
     for point in missing:
         measured = _measure(model, encoded, batches, point, settings, device, judges, progress.add)
         of_first_process(partial(store.save, point, *measured))
-        progress.end_point(f"{point.keep_k} tokens, {point.curve.label}")
+        progress.end_point(point.label)
     # As they were stored, so that a sweep in several parts gives what one in one part gives.
     numbers, pictures = of_first_process(
         lambda: ([store.numbers(point) for point in points], [store.pictures(point) for point in points])

@@ -16,7 +16,7 @@ from tests.evaluation.networks import write_inception
 from tests.evaluation.stub import SETTINGS, random_batches, run_sweep
 from tests.support import REPOSITORY
 
-FILES = {"grid.png", "metrics.csv", "metrics.json", "points", "rate_distortion.png", "results.parquet"}
+FILES = {"grid.png", "metrics.csv", "metrics.json", "points", "rate_distortion.png", "report.html", "results.parquet"}
 QUICK = ("evaluation.num_images=3", "evaluation.steps=2", "evaluation.device=cpu", "evaluation.keep_ks=[2,16]")
 
 
