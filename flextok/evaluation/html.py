@@ -5,9 +5,13 @@ from base64 import b64encode
 from collections.abc import Iterable, Mapping, Sequence
 from html import escape
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+from flextok.evaluation.plot import as_svg
 from flextok.utils.checkpoint import atomic_path
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 STYLE = """
 :root { color-scheme: light; }
@@ -80,15 +84,21 @@ def picture(content: bytes, kind: str, alt: str, *, size: tuple[int, int] | None
     return f'<img{shape} alt="{escape(alt)}" src="data:{kind};base64,{b64encode(content).decode()}">'
 
 
+def chart(figure: "Figure", alt: str) -> str:
+    """A figure inside of the page."""
+    return picture(as_svg(figure), SVG, alt)
+
+
 def settings_table(settings: Mapping[str, Any]) -> str:
     """Names and values, which may be nested."""
     head = "<thead><tr><th>setting</th><th>value</th></tr></thead>"
     body = "".join(
-        f"<tr><td>{escape(str(name))}</td><td><code>{escape(_shown(value))}</code></td></tr>\n"
+        f"<tr><td>{escape(str(name))}</td><td><code>{escape(shown(value))}</code></td></tr>\n"
         for name, value in settings.items()
     )
     return f'<div class="scroll"><table class="text">{head}\n<tbody>\n{body}</tbody></table></div>\n'
 
 
-def _shown(value: Any) -> str:
+def shown(value: Any) -> str:
+    """A setting as text."""
     return value if isinstance(value, str) else json.dumps(value, indent=1 if isinstance(value, dict) else None)

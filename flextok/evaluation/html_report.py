@@ -31,7 +31,7 @@ def write_html(
         html.section(
             "Throughput",
             html.paragraph("Images per second that one process decodes, the VAE included."),
-            _chart(plot.throughput(plot.curves_of(metrics["results"])), "images per second over tokens"),
+            html.chart(plot.throughput(plot.curves_of(metrics["results"])), "images per second over tokens"),
         ),
         html.section(
             "Reconstructions", f'<div class="scroll">{html.picture(_png(grid), html.PNG, "reconstructions")}</div>'
@@ -55,7 +55,7 @@ def _rate_distortion(metrics: Mapping[str, Any]) -> str:
     known = plot.known_metrics([*results, vae])
     figure = plot.rate_distortion(plot.curves_of(results), vae, known)
     note = "Bars are standard errors; dotted is what the VAE alone loses."
-    return html.section("Rate and distortion", html.paragraph(note), _chart(figure, "metrics over tokens"))
+    return html.section("Rate and distortion", html.paragraph(note), html.chart(figure, "metrics over tokens"))
 
 
 def _tokens(tokens: Mapping[str, Any]) -> str:
@@ -63,7 +63,7 @@ def _tokens(tokens: Mapping[str, Any]) -> str:
         f"{tokens['codes_used']} of {tokens['codebook_size']} codes used ({tokens['codebook_usage']:.1%}), perplexity "
         f"{tokens['perplexity']:.1f}, entropy {tokens['entropy_bits_mean']:.2f} of {tokens['bits_per_token']:.2f} bits."
     )
-    chart = _chart(plot.entropy_of_positions({"entropy": tokens}), "entropy by position")
+    chart = html.chart(plot.entropy_of_positions({"entropy": tokens}), "entropy by position")
     return html.section("Tokens", html.paragraph(facts), chart, html.paragraph(tokens["note"]))
 
 
@@ -97,7 +97,3 @@ def _png(image: Image.Image) -> bytes:
     file = BytesIO()
     image.save(file, format="PNG")
     return file.getvalue()
-
-
-def _chart(figure: Any, alt: str) -> str:
-    return html.picture(plot.as_svg(figure), html.SVG, alt)

@@ -53,15 +53,34 @@ def rate_distortion(curves: Curves, vae: Mapping[str, Any] | None, metrics: Sequ
     for axes, name in zip(panels, metrics, strict=False):
         for index, (label, rows) in enumerate(curves.items()):
             errors = [row.get(f"{name}_se") or 0.0 for row in rows]
-            axes.errorbar(
-                [row["keep_k"] for row in rows],
-                [row[name] for row in rows],
-                **{"yerr": errors, "marker": "o", "markersize": 4, "capsize": 2, **_style(index), "label": label},
-            )
+            _curve(axes, index, [row["keep_k"] for row in rows], [row[name] for row in rows], errors, label)
         # A lossless VAE bounds nothing, and its line would press the curves flat.
         if vae is not None and vae["psnr"] < PSNR_CAP:
             axes.axhline(vae[name], linestyle=":", linewidth=1, color=BOUND, label="VAE only")
         _over_tokens(axes, curves, TITLES.get(name, name))
+    _legend(panels[0])
+    return figure
+
+
+def differences(rows: Rows) -> "Figure":
+    """A panel per metric: differences over `keep_k` by run and curve; bars are confidence intervals."""
+    names = list(dict.fromkeys(row["metric"] for row in rows))
+    figure, panels = _panels(len(names))
+    for axes, name in zip(panels, names, strict=False):
+        curves: dict[str, list[Mapping[str, Any]]] = {}
+        for row in rows:
+            if row["metric"] == name:
+                curves.setdefault(f"{row['run']}: {curve_label(row)}", []).append(row)
+        for index, (label, points) in enumerate(curves.items()):
+            values = [row["difference"] for row in points]
+            limits = [
+                [0.0 if row["low"] is None else max(0.0, row["difference"] - row["low"]) for row in points],
+                [0.0 if row["high"] is None else max(0.0, row["high"] - row["difference"]) for row in points],
+            ]
+            _curve(axes, index, [row["keep_k"] for row in points], values, limits, label)
+        axes.axhline(0, linewidth=1, color=BOUND)
+        _token_axis(axes, {row["keep_k"]: str(row["keep_k"]) for row in rows}, "tokens kept")
+        axes.set_ylabel(f"difference, {TITLES.get(name, name)}")
     _legend(panels[0])
     return figure
 
@@ -119,18 +138,28 @@ def _panels(count: int) -> "tuple[Figure, list[Axes]]":
     return figure, panels
 
 
+def _curve(
+    axes: "Axes", index: int, keep_ks: Sequence[int], values: Sequence[float], errors: Sequence[Any], label: str
+) -> None:
+    axes.errorbar(keep_ks, values, yerr=errors, marker="o", markersize=4, capsize=2, **_style(index), label=label)
+
+
 def _over_tokens(axes: "Axes", curves: Curves, title: str) -> None:
-    keep_ks = sorted({row["keep_k"]: row["bits_per_image"] for rows in curves.values() for row in rows}.items())
-    axes.set_xscale("log", base=2)
-    # Bits differ between tokenizers of different codebooks.
     bits = {(row["keep_k"], row["bits_per_image"]) for rows in curves.values() for row in rows}
-    one = len(bits) == len(keep_ks)
-    axes.set_xticks(
-        [keep_k for keep_k, _ in keep_ks], [f"{k}\n{b:.0f}" if one else str(k) for k, b in keep_ks], fontsize=8
-    )
-    axes.set_xticks([], minor=True)
-    axes.set_xlabel("tokens kept (below: bits per image)" if one else "tokens kept")
+    keep_ks = {keep_k for keep_k, _ in bits}
+    # Bits differ between tokenizers of different codebooks.
+    if len(bits) == len(keep_ks):
+        _token_axis(axes, {k: f"{k}\n{b:.0f}" for k, b in bits}, "tokens kept (below: bits per image)")
+    else:
+        _token_axis(axes, {keep_k: str(keep_k) for keep_k in keep_ks}, "tokens kept")
     axes.set_ylabel(title)
+
+
+def _token_axis(axes: "Axes", ticks: Mapping[int, str], title: str) -> None:
+    axes.set_xscale("log", base=2)
+    axes.set_xticks(sorted(ticks), [ticks[keep_k] for keep_k in sorted(ticks)], fontsize=8)
+    axes.set_xticks([], minor=True)
+    axes.set_xlabel(title)
 
 
 def _style(index: int) -> dict[str, Any]:
