@@ -4,40 +4,13 @@ import json
 
 import pyarrow.parquet as pq
 import pytest
-import torch
 
 from flextok.evaluation import html, plot
-from flextok.evaluation.judges import NO_JUDGES, Judges
-from flextok.evaluation.protocol import build_protocol
-from flextok.evaluation.report import write_report
+from flextok.evaluation.judges import Judges
 from tests.evaluation.pages import Page, read_page
-from tests.evaluation.stub import StubTokenizer, random_batches, run_sweep, settings_with
+from tests.evaluation.reports import write
 
 HOSTILE = "<script>alert('&')</script>\udcff.png"
-
-
-def write(folder, *, judges=NO_JUDGES, keys=None, **options):
-    batches = random_batches(6, 4)
-    if keys:
-        batches[0]["key"] = keys
-    sweep = run_sweep(StubTokenizer(), batches, options, judges)
-    weights = folder / "model <b>.safetensors"
-    weights.parent.mkdir(exist_ok=True)
-    weights.write_bytes(b"abc")
-    protocol = build_protocol(
-        encoded=sweep.encoded,
-        keep_ks=[1, 2, 4],
-        judges=judges,
-        settings=settings_with(**options),
-        data={"_target_": "flextok.data.digits.DigitsDataModule"},
-        checkpoint=weights,
-        weights_file=weights,
-        weights="as exported",
-        device=torch.device("cpu"),
-        dtype=torch.float32,
-        attention_backend="auto",
-    )
-    return write_report(sweep, protocol, folder / "out"), folder / "out" / "report.html"
 
 
 def test_the_page_holds_all_it_shows(tmp_path):
