@@ -42,6 +42,16 @@ def weights_sha256(model: "nn.Module") -> str:
     return digest.hexdigest()
 
 
+def code_sha256() -> str:
+    """Of all files of this package, whether or not they are committed or in a repository."""
+    digest = hashlib.sha256()
+    package = Path(__file__).parent
+    for file in sorted(package.rglob("*.py")):
+        content = hashlib.sha256(file.read_bytes()).hexdigest()
+        digest.update(f"{file.relative_to(package).as_posix()} {content}\n".encode())
+    return digest.hexdigest()
+
+
 def _version(package: str) -> str | None:
     try:
         return metadata.version(package)

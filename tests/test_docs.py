@@ -150,8 +150,8 @@ def run_torchrun(arguments, caplog):
     from torch.distributed.run import parse_args
 
     parsed = parse_args(arguments)
-    assert parsed.training_script == "train.py"
-    run_train(parsed.training_script_args, caplog)
+    run_alone = {"train.py": run_train, "eval.py": run_eval}[parsed.training_script]
+    run_alone(parsed.training_script_args, caplog)
 
 
 def run_make(arguments, caplog):

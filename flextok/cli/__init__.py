@@ -16,6 +16,7 @@ from flextok import __version__
 # Command -> what `--help` says about it. The module is the name with underscores: `show-mask` lives in
 # `show_mask.py`.
 COMMANDS = {
+    "compare": "compare evaluations of the same images, with confidence intervals",
     "completion": "print a script that completes these commands in a shell",
     "describe": "print every module of a model: keys it reads and writes, parameters, shapes",
     "detokenize": "turn tokens back into images",

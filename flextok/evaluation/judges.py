@@ -1,6 +1,7 @@
 """The networks that an evaluation was asked to judge with, and all metrics of one set of reconstructions."""
 
 import logging
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -14,12 +15,13 @@ from torch import Tensor, nn
 
 from flextok.evaluation.distribution import FeatureMoments, FeatureSample, frechet_distance, kernel_distance
 from flextok.evaluation.features import FeatureExtractor, MissingWeightsError, as_extractor, sha256_of_module
+from flextok.evaluation.images import Batches as ImageBatches
 from flextok.evaluation.images import first_images
-from flextok.evaluation.reconstruction import MetricTable, mean_and_error
+from flextok.evaluation.processes import of_first_process
+from flextok.evaluation.reconstruction import METRICS, image_metrics, summarize
 from flextok.evaluation.references import (
     Batches,
     Reference,
-    by_first_process,
     cached_references,
     identity,
     images_sum,
@@ -60,7 +62,7 @@ NO_JUDGES = Judges()
 
 
 def build_judges(
-    settings: EvaluationSettings, open_batches: Callable[[], Iterable[Mapping[str, Any]]], device: torch.device
+    settings: EvaluationSettings, open_batches: Callable[[], ImageBatches], device: torch.device
 ) -> Judges:
     """Load the networks and get their references; `open_batches` reads the evaluated images from the start.
 
@@ -122,19 +124,22 @@ def _references(
             )
         if settings.export_references is not None:
             folder = Path(settings.export_references).expanduser()
-            by_first_process(partial(reference.save, folder / f"{name}.npz"))
+            of_first_process(partial(reference.save, folder / f"{name}.npz"))
     return references
 
 
 class PointMetrics:
-    """All metrics of one set of reconstructions, such as those of one `keep_k`."""
+    """All metrics of one set of reconstructions, such as those of one `keep_k`.
+
+    Attributes:
+        per_image: for each metric the numbers of this process' images, NaN for an image that is too small for it.
+    """
 
     def __init__(self, judges: Judges, settings: EvaluationSettings) -> None:
         self._judges = judges
         self._subset_size = settings.kid_subset_size
         self._device = torch.device("cpu")
-        self._table = MetricTable()
-        self._distances: dict[str, list[float]] = {name: [] for name in judges.distances}
+        self.per_image: dict[str, list[float]] = {name: [] for name in (*METRICS, *judges.distances)}
         self._moments = {name: FeatureMoments() for name in judges.extractors}
         size = settings.kid_subsets * settings.kid_subset_size
         self._samples = {name: FeatureSample(size, stream=("kid", settings.seed)) for name in judges.extractors}
@@ -143,35 +148,26 @@ class PointMetrics:
     def add(self, images: Tensor, reconstructions: Tensor, keys: Sequence[str]) -> None:
         """Compare `[B, 3, H, W]` reconstructions with the images in [-1, 1] that have these keys."""
         self._device = images.device
-        self._table.add(reconstructions, images)
+        for name, numbers in image_metrics(reconstructions, images).items():
+            self.per_image[name] += [math.nan] * len(images) if numbers is None else numbers
         for name, distance in self._judges.distances.items():
             values = distance(reconstructions.float().clamp(-1, 1), images.float())
             if not isinstance(values, Tensor) or values.numel() != len(images):
                 raise ValueError(f"evaluation.distances.{name} must give one number for each of {len(images)} images")
-            self._distances[name] += values.flatten().tolist()
+            self.per_image[name] += values.flatten().tolist()
         for name, extractor in self._judges.extractors.items():
             features = extractor(reconstructions)
             self._moments[name].add(features)
             self._samples[name].add(features, keys)
 
-    def summary(self) -> dict[str, Any]:
-        """One row of numbers by name; those that are missing are None, and `missing` says why.
-
-        With several processes, distances of sets are those of all of them: call it on every rank.
-        """
-        row: dict[str, Any] = self._table.summary()
-        for name, values in self._distances.items():
-            row[name], row[f"{name}_se"] = mean_and_error(values)
+    def of_sets(self) -> dict[str, float | None]:
+        """Distances of sets, those of all processes together: call it on every rank."""
+        row: dict[str, float | None] = {}
         for name in self._judges.extractors:
-            row |= self._of_sets(name)
-        reasons = []
-        for place, reason in self._judges.missing.items():
-            columns = _columns(place)
-            row |= dict.fromkeys(columns)
-            reasons.append(f"{', '.join(columns)}: {reason}")
-        return row | ({"missing": "; ".join(reasons)} if reasons else {})
+            row |= self._of_set(name)
+        return row
 
-    def _of_sets(self, name: str) -> dict[str, float | None]:
+    def _of_set(self, name: str) -> dict[str, float | None]:
         reference = self._judges.references[name]
         moments = self._moments[name].of_all_processes(self._device)
         sample = self._samples[name].of_all_processes()
@@ -180,6 +176,19 @@ class PointMetrics:
         fid = frechet_distance(moments.mean, moments.covariance(), reference.mean, reference.covariance)
         kid, error = kernel_distance(sample, reference.sample, subset_size=self._subset_size)
         return {f"fid_{name}": fid, f"kid_{name}": kid, f"kid_{name}_se": error}
+
+
+def summary_row(
+    per_image: Mapping[str, Sequence[float]], of_sets: Mapping[str, float | None], judges: Judges
+) -> dict[str, Any]:
+    """One row of numbers by name; those that are missing are None, and `missing` says why."""
+    row: dict[str, Any] = {**summarize(per_image), **of_sets}
+    reasons = []
+    for place, reason in judges.missing.items():
+        columns = _columns(place)
+        row |= dict.fromkeys(columns)
+        reasons.append(f"{', '.join(columns)}: {reason}")
+    return row | ({"missing": "; ".join(reasons)} if reasons else {})
 
 
 def _build(group: str, configs: Mapping[str, Any], missing: dict[str, str]) -> Iterable[tuple[str, Any]]:

@@ -9,16 +9,17 @@ import torch
 from hydra.utils import get_class
 from torch import nn
 
+from flextok.evaluation.encoding import EncodedSplit
 from flextok.evaluation.judges import Judges
 from flextok.evaluation.reconstruction import MIN_MS_SSIM_SIZE, PSNR_CAP, ssim_sigma, ssim_window
 from flextok.evaluation.settings import EvaluationSettings
-from flextok.evaluation.sweep import SweepResult
 from flextok.provenance import git_revision, package_versions, weights_sha256
 
 
 def build_protocol(
     *,
-    sweep: SweepResult,
+    encoded: EncodedSplit,
+    keep_ks: Sequence[int],
     judges: Judges,
     settings: EvaluationSettings,
     data: Mapping[str, Any],
@@ -27,25 +28,27 @@ def build_protocol(
     weights: str,
     model: nn.Module,
     device: torch.device,
-    attention_backends: Sequence[str],
+    attention_backend: str,
 ) -> dict[str, Any]:
-    """The `protocol` of `metrics.json`."""
+    """The `protocol` of `metrics.json`, known before any point is measured."""
     return {
         "split": settings.split,
-        "num_images": sweep.num_images,
+        "num_images": len(encoded.keys),
         "num_images_requested": settings.num_images,
-        "image_sizes": sweep.image_sizes,
+        "image_sizes": encoded.image_sizes,
         "data": dict(data),
-        "images_sha256": sweep.images_sha256,
+        "images_sha256": encoded.images_sha256,
         "transform": image_transform(data),
-        "keep_ks": [result["keep_k"] for result in sweep.results],
-        "steps": settings.steps,
+        "keep_ks": list(keep_ks),
+        "steps": list(settings.steps),
         "sampler": settings.sampler,
         "timestep_shift": settings.timestep_shift,
-        "guidance_scale": settings.guidance_scale,
+        "guidance_scale": list(settings.guidance_scale),
         "perform_norm_guidance": settings.perform_norm_guidance,
         "guidance_interval": list(settings.guidance_interval),
         "guidance_every": settings.guidance_every,
+        "forms": None if settings.forms is None else list(settings.forms),
+        "backends": None if settings.backends is None else list(settings.backends),
         "weights": weights,
         "seed": settings.seed,
         "features": settings.features,
@@ -62,8 +65,8 @@ def build_protocol(
         "versions": {"python": platform.python_version(), **package_versions()},
         "device": device_name(device),
         "dtype": str(next(model.parameters()).dtype).removeprefix("torch."),
-        "attention_backends": list(attention_backends),
-        "metrics": metric_definitions(sweep.image_sizes),
+        "attention_backend": attention_backend,
+        "metrics": metric_definitions(encoded.image_sizes),
     }
 
 
@@ -92,7 +95,7 @@ def metric_definitions(image_sizes: list[list[int]]) -> dict[str, Any]:
         "ms_ssim_window": "11, sigma 1.5; borders left out, at the last scale reflected; negative parts count as zero",
         "fid": "Fréchet distance of features to those of the same images as they were read; float64, squared",
         "kid": "kernel (x·y / D + 1)^3, unbiased, mean over disjoint subsets; _se is the standard error of that mean",
-        "seconds_per_image": "decoding with the VAE; without the first batch where there are several",
+        "seconds_per_image": "decoding with the VAE, on one process; without its first batch where there are several",
     }
 
 

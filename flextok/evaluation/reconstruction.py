@@ -4,7 +4,7 @@ All of them compare images mapped from [-1, 1] to [0, 1] and clamped there; noth
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from torch import Tensor
 
@@ -96,26 +96,18 @@ def ms_ssim(reconstructions: Tensor, images: Tensor) -> Tensor:
     return values.reshape(len(images))
 
 
-class MetricTable:
-    """Collects the numbers of every image; the order of the images does not change the summary."""
+def summarize(numbers: Mapping[str, Sequence[float]]) -> dict[str, float | None]:
+    """Mean and standard error (`<name>_se`) of the numbers of each image, and `psnr_of_mean_mse`.
 
-    def __init__(self) -> None:
-        self._values: dict[str, list[float]] = {name: [] for name in METRICS}
-
-    def add(self, reconstructions: Tensor, images: Tensor) -> None:
-        for name, values in image_metrics(reconstructions, images).items():
-            # One image that is too small leaves a metric without a mean.
-            self._values[name].extend([math.nan] * len(images) if values is None else values)
-
-    def summary(self) -> dict[str, float | None]:
-        """Mean and standard error (`<name>_se`) of each metric, and `psnr_of_mean_mse`; None where it is unknown."""
-        row: dict[str, float | None] = {}
-        for name, values in self._values.items():
-            known = not any(math.isnan(value) for value in values)
-            row[name], row[f"{name}_se"] = mean_and_error(values) if known else (None, None)
-        assert row["mse"] is not None
-        row["psnr_of_mean_mse"] = psnr_of_mse(row["mse"])
-        return row
+    One image without a number (NaN), such as one that is too small, leaves None for all. Their order changes nothing.
+    """
+    row: dict[str, float | None] = {}
+    for name, values in numbers.items():
+        known = not any(math.isnan(value) for value in values)
+        row[name], row[f"{name}_se"] = mean_and_error(values) if known else (None, None)
+    assert row["mse"] is not None
+    row["psnr_of_mean_mse"] = psnr_of_mse(row["mse"])
+    return row
 
 
 def mean_and_error(values: Sequence[float]) -> tuple[float, float | None]:

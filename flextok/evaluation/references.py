@@ -21,6 +21,7 @@ from torch import Tensor
 from flextok.evaluation.distribution import FeatureMoments, FeatureSample
 from flextok.evaluation.features import FeatureExtractor
 from flextok.evaluation.images import ImageSetHash
+from flextok.evaluation.processes import of_first_process
 from flextok.utils.checkpoint import atomic_path
 
 logger = logging.getLogger(__name__)
@@ -109,7 +110,7 @@ def cached_references(
         computed = compute_references({name: extractors[name] for name in unknown}, read_images(), sample_size, device)
         for name, reference in computed.items():
             reference.about.update(wanted[name])
-            by_first_process(partial(reference.save, files[name]))
+            of_first_process(partial(reference.save, files[name]))
             found[name] = reference
     return {name: found[name] for name in extractors}
 
@@ -157,17 +158,6 @@ def compute_references(
 def identity(extractor: FeatureExtractor) -> dict[str, str]:
     """What has to be equal for features to be comparable."""
     return {"extractor_sha256": extractor.sha256, "extractor_transform": extractor.transform}
-
-
-def by_first_process(work: Callable[[], None]) -> None:
-    """Do something on rank 0 only, while the others wait for it."""
-    from flextok.data.samplers import rank_and_world_size
-    from flextok.training.distributed import by_rank_zero
-
-    if rank_and_world_size()[1] > 1:
-        by_rank_zero(work)
-    else:
-        work()
 
 
 def _sum(about: Mapping[str, Any]) -> str:

@@ -3,8 +3,9 @@
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
+from flextok.attention.engine import BackendChoice
 from flextok.evaluation.reconstruction import METRICS
 from flextok.flow_matching.sampling import check_sampling
 from flextok.model.keep_k import default_keep_ks
@@ -12,16 +13,11 @@ from flextok.model.keep_k import default_keep_ks
 SPLITS = ("test", "val")
 WEIGHTS = ("ema", "raw")
 # Names of columns that no network may take; every metric has `<name>_se` beside it.
-OTHER_COLUMNS = ("keep_k", "bits_per_image", "seconds_per_image", "psnr_of_mean_mse", "missing")
-# Those that are called here as in `FlexTok.decode`.
-SAMPLING_OPTIONS = (
-    "sampler",
-    "timestep_shift",
-    "guidance_scale",
-    "perform_norm_guidance",
-    "guidance_interval",
-    "guidance_every",
+OTHER_COLUMNS = (
+    *("keep_k", "steps", "guidance_scale", "form", "backend", "key", "image_sha256"),
+    *("bits_per_image", "seconds_per_image", "psnr_of_mean_mse", "missing"),
 )
+FORMS = ("attention_mask", "packed")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,10 +27,10 @@ class EvaluationSettings:
     num_images: int | None
     split: Literal["test", "val"]
     keep_ks: tuple[int, ...] | None
-    steps: int
+    steps: tuple[int, ...]
     sampler: str
     timestep_shift: float
-    guidance_scale: float
+    guidance_scale: tuple[float, ...]
     perform_norm_guidance: bool
     guidance_interval: tuple[float, float]
     guidance_every: int
@@ -42,6 +38,9 @@ class EvaluationSettings:
     batch_size: int
     seed: int
     grid_images: int
+    forms: tuple[str, ...] | None
+    backends: tuple[str, ...] | None
+    resume: bool
     device: str
     features: dict[str, dict[str, Any]]
     distances: dict[str, dict[str, Any]]
@@ -62,19 +61,17 @@ class EvaluationSettings:
         if missing:
             raise ValueError(f"evaluation.{missing[0]}: missing; needed are {', '.join(names)}")
         _check_options(values)
-        keep_ks = values["keep_ks"]
-        if keep_ks is not None:
-            # A single number is what `evaluation.keep_ks=4` on a command line gives.
-            keep_ks = tuple(keep_ks) if isinstance(keep_ks, Sequence) else (keep_ks,)
         low, high = values["guidance_interval"]
         # A whole number is what a command line gives for one that happens to be whole.
-        numbers = {name: float(values[name]) for name in ("timestep_shift", "guidance_scale")}
-        interval = (float(low), float(high))
-        return cls(**{**values, **numbers, "keep_ks": keep_ks, "guidance_interval": interval})
-
-    def decode_options(self) -> dict[str, Any]:
-        """How to sample, as the arguments of `FlexTok.decode`."""
-        return {"timesteps": self.steps} | {name: getattr(self, name) for name in SAMPLING_OPTIONS}
+        typed: dict[str, Any] = {
+            "timestep_shift": float(values["timestep_shift"]),
+            "guidance_interval": (float(low), float(high)),
+            "guidance_scale": tuple(sorted({float(scale) for scale in _listed(values["guidance_scale"])})),
+            "steps": tuple(sorted(set(_listed(values["steps"])))),
+        }
+        for name in ("keep_ks", "forms", "backends"):
+            typed[name] = None if values[name] is None else tuple(dict.fromkeys(_listed(values[name])))
+        return cls(**{**values, **typed})
 
 
 def resolve_keep_ks(keep_ks: Sequence[Any] | None, num_registers: int) -> list[int]:
@@ -99,19 +96,16 @@ def _check_options(values: Mapping[str, Any]) -> None:
     if values["num_images"] is not None:
         _require_int("num_images", values["num_images"], minimum=1)
     for name, minimum in (
-        *(("steps", 1), ("batch_size", 1), ("grid_images", 1), ("seed", 0)),
+        *(("batch_size", 1), ("grid_images", 1), ("seed", 0)),
         *(("kid_subsets", 1), ("kid_subset_size", 2)),
     ):
         _require_int(name, values[name], minimum=minimum)
     _require_choice("split", values["split"], SPLITS)
     _require_choice("weights", values["weights"], WEIGHTS)
-    scale = values["guidance_scale"]
-    if isinstance(scale, bool) or not isinstance(scale, int | float) or not math.isfinite(scale):
-        raise ValueError(f"evaluation.guidance_scale={scale!r}: valid is a finite number, 1.0 is off")
-    if not isinstance(values["perform_norm_guidance"], bool):
-        raise ValueError(
-            f"evaluation.perform_norm_guidance={values['perform_norm_guidance']!r}: valid are true and false"
-        )
+    _check_axes(values)
+    for name in ("perform_norm_guidance", "resume"):
+        if not isinstance(values[name], bool):
+            raise ValueError(f"evaluation.{name}={values[name]!r}: valid are true and false")
     checked = ("sampler", "timestep_shift", "guidance_interval", "guidance_every")
     check_sampling(**{name: values[name] for name in checked}, prefix="evaluation.")
     if not isinstance(values["device"], str):
@@ -121,6 +115,26 @@ def _check_options(values: Mapping[str, Any]) -> None:
             raise ValueError(f"evaluation.{name}={values[name]!r}: valid is a folder")
     for group in ("features", "distances"):
         _check_networks(group, values[group])
+
+
+def _check_axes(values: Mapping[str, Any]) -> None:
+    """Those of which one or several values may be given."""
+    for name in ("steps", "guidance_scale", "forms", "backends"):
+        if values[name] is not None and not _listed(values[name]):
+            raise ValueError(f"evaluation.{name}={values[name]!r}: valid are one value or several")
+    for steps in _listed(values["steps"]):
+        _require_int("steps", steps, minimum=1)
+    for scale in _listed(values["guidance_scale"]):
+        if isinstance(scale, bool) or not isinstance(scale, int | float) or not math.isfinite(scale):
+            raise ValueError(f"evaluation.guidance_scale={scale!r}: valid are finite numbers, 1.0 is off")
+    for name, choices in (("forms", FORMS), ("backends", get_args(BackendChoice))):
+        for value in [] if values[name] is None else _listed(values[name]):
+            _require_choice(name, value, choices)
+
+
+def _listed(value: Any) -> list[Any]:
+    # A single value is what `evaluation.keep_ks=4` on a command line gives.
+    return list(value) if isinstance(value, Sequence) and not isinstance(value, str) else [value]
 
 
 def _check_networks(group: str, networks: object) -> None:

@@ -95,7 +95,7 @@ def _measured(metrics: Mapping[str, Any] | None) -> str:
     protocol = dict(metrics["protocol"])
     return f"""## Measured
 
-On {protocol.get("num_images")} images of the split `{protocol.get("split")}`, {protocol.get("steps")} decoder steps:
+On {protocol.get("num_images")} images of the split `{protocol.get("split")}`:
 
 {_table(metrics["results"])}
 

@@ -1,7 +1,12 @@
 """Small networks that judge, for configs of tests; they count how many images they have seen."""
 
+import os
+import signal
+
 import torch
 from torch import nn
+
+FUSE = "FLEXTOK_TEST_FUSE"
 
 
 class Pooled(nn.Module):
@@ -47,3 +52,17 @@ def write_inception(file):
     torch.manual_seed(4)
     torch.jit.script(ScriptedInception()).save(file)
     return file
+
+
+class Fuse(nn.Module):
+    """A distance that kills its process without a word the n-th time, where the environment says so."""
+
+    def __init__(self):
+        super().__init__()
+        self.calls_left = int(os.environ.get(FUSE, "0"))
+
+    def forward(self, x, y):
+        self.calls_left -= 1
+        if self.calls_left == 0:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return (x - y).abs().mean(dim=(1, 2, 3))

@@ -4,7 +4,6 @@ import json
 import subprocess
 import sys
 
-import hydra
 import pytest
 import torch
 from omegaconf import OmegaConf
@@ -13,35 +12,12 @@ from flextok.config import compose
 from flextok.evaluation.report import format_table
 from flextok.evaluation.run import run
 from flextok.evaluation.settings import EvaluationSettings
-from flextok.evaluation.sweep import run_sweep
-from flextok.utils.export import export_model
 from tests.evaluation.networks import write_inception
-from tests.evaluation.stub import SETTINGS, random_batches
+from tests.evaluation.stub import SETTINGS, random_batches, run_sweep
 from tests.support import REPOSITORY
 
-FILES = {"grid.png", "metrics.csv", "metrics.json", "rate_distortion.png"}
+FILES = {"grid.png", "metrics.csv", "metrics.json", "points", "rate_distortion.png", "report.html", "results.parquet"}
 QUICK = ("evaluation.num_images=3", "evaluation.steps=2", "evaluation.device=cpu", "evaluation.keep_ks=[2,16]")
-
-
-@pytest.fixture(scope="module")
-def config():
-    return compose(["model=tiny", "vae=pixel", "data=digits"])
-
-
-@pytest.fixture(scope="module")
-def model(config):
-    model = hydra.utils.instantiate(config.model, _convert_="all")
-    # Freshly made heads are zero: every image would come out the same.
-    generator = torch.Generator().manual_seed(3)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(0.05 * torch.randn(parameter.shape, generator=generator))
-    return model.eval()
-
-
-@pytest.fixture(scope="module")
-def export(model, config, tmp_path_factory):
-    return export_model(model, config.model, tmp_path_factory.mktemp("export"))
 
 
 @pytest.fixture
@@ -73,9 +49,9 @@ def test_neither_batch_size_nor_order_changes_the_numbers(model, guidance_scale)
     order = torch.randperm(8, generator=torch.Generator().manual_seed(1)).tolist()
     tables = []
     for batches in (random_batches(8, 1), random_batches(8, 7), random_batches(8, 3, order=order)):
-        result = run_sweep(model, batches, settings, device=torch.device("cpu"))
+        result = run_sweep(model, batches, settings)
         tables.append([[row[name] for name in ("psnr", "ssim", "mae", "mse")] for row in result.results])
-        tokens = result.tokens
+        tokens = result.encoded.tokens
         assert tokens["codes_used"] > 1
     expected = torch.tensor(tables[0], dtype=torch.float64)
     assert len({tuple(row) for row in tables[0]}) == 3, "keep_k changes nothing: this test would prove nothing"

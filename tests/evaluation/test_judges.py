@@ -7,10 +7,9 @@ import torch
 
 from flextok.evaluation.judges import PointMetrics, build_judges
 from flextok.evaluation.settings import EvaluationSettings
-from flextok.evaluation.sweep import run_sweep
 from tests.evaluation.networks import Pooled
 from tests.evaluation.processes import in_processes
-from tests.evaluation.stub import SETTINGS, StubTokenizer, random_batches
+from tests.evaluation.stub import SETTINGS, StubTokenizer, random_batches, run_sweep
 
 CPU = torch.device("cpu")
 NETWORKS = "tests.evaluation.networks"
@@ -28,12 +27,12 @@ def evaluate(tmp_path, num_images=40, batch_size=8, order=None, **options):
     settings = settings_for(tmp_path, **options)
     batches = random_batches(num_images, batch_size, order=order)
     judges = build_judges(settings, lambda: batches, CPU)
-    return run_sweep(StubTokenizer(), batches, settings, device=CPU, judges=judges)
+    return run_sweep(StubTokenizer(), batches, settings, judges)
 
 
 def rows(result):
     timeless = [{name: value for name, value in row.items() if name != "seconds_per_image"} for row in result.results]
-    return [*timeless, {"keep_k": 0, "bits_per_image": 0.0, **result.vae}]
+    return [*timeless, {"keep_k": 0, "bits_per_image": 0.0, **result.encoded.vae}]
 
 
 def test_rows_hold_distances_of_pairs_and_of_sets(tmp_path):
@@ -45,8 +44,8 @@ def test_rows_hold_distances_of_pairs_and_of_sets(tmp_path):
         json.dumps(row, allow_nan=False)
     fids = [row["fid_pooled"] for row in result.results]
     assert fids == sorted(fids, reverse=True)
-    assert result.vae["fid_pooled"] == pytest.approx(0, abs=1e-9)
-    assert result.vae["largest"] == 0.0
+    assert result.encoded.vae["fid_pooled"] == pytest.approx(0, abs=1e-9)
+    assert result.encoded.vae["largest"] == 0.0
 
 
 def test_several_subsets_give_kid_a_standard_error(tmp_path):
@@ -87,7 +86,7 @@ def test_references_can_be_exported_and_imported(tmp_path):
     )
     judges = build_judges(settings, lambda: random_batches(40, 8), CPU)
     assert Pooled.images_seen == before
-    result = run_sweep(StubTokenizer(), random_batches(40, 8), settings, device=CPU, judges=judges)
+    result = run_sweep(StubTokenizer(), random_batches(40, 8), settings, judges)
     assert rows(result) == exported
     assert not (tmp_path / "none").exists()
 
@@ -106,7 +105,7 @@ def test_images_that_change_under_way_are_an_error(tmp_path):
     settings = settings_for(tmp_path)
     judges = build_judges(settings, lambda: random_batches(8, 8), CPU)
     with pytest.raises(ValueError, match="images changed while they were evaluated"):
-        run_sweep(StubTokenizer(), random_batches(9, 8), settings, device=CPU, judges=judges)
+        run_sweep(StubTokenizer(), random_batches(9, 8), settings, judges)
 
 
 def test_too_few_images_for_the_covariance_are_a_warning_and_in_the_protocol(tmp_path, caplog):
@@ -170,8 +169,8 @@ def share_of_a_sweep(rank, world_size, folder):
     settings = settings_for(folder, kid_subset_size=10)
     batches = [b for b in random_batches(40, 3, order=list(range(rank, 40, world_size))) if b["key"]]
     judges = build_judges(settings, lambda: batches, CPU)
-    result = run_sweep(StubTokenizer(), batches, settings, device=CPU, judges=judges)
-    return result.images_sha256, rows(result)
+    result = run_sweep(StubTokenizer(), batches, settings, judges)
+    return result.encoded.images_sha256, rows(result)
 
 
 def test_two_processes_measure_the_sets_that_one_measures(tmp_path):
@@ -179,5 +178,4 @@ def test_two_processes_measure_the_sets_that_one_measures(tmp_path):
     for images_sha256, found in in_processes(share_of_a_sweep, tmp_path / "run", tmp_path / "two"):
         assert images_sha256 == expected_sum
         for row, other in zip(found, expected, strict=True):
-            for name in ("fid_pooled", "kid_pooled", "kid_pooled_se"):
-                assert row[name] == pytest.approx(other[name], abs=1e-6)
+            assert row == {name: pytest.approx(value, abs=1e-6) for name, value in other.items()}

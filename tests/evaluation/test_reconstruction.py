@@ -6,16 +6,18 @@ import numpy as np
 import pytest
 import torch
 
+from flextok.evaluation.judges import NO_JUDGES, PointMetrics
 from flextok.evaluation.reconstruction import (
     MIN_MS_SSIM_SIZE,
     PSNR_CAP,
-    MetricTable,
     image_metrics,
     mean_and_error,
     ms_ssim,
     ssim_sigma,
     ssim_window,
+    summarize,
 )
+from tests.evaluation.stub import settings_with
 
 
 def numpy_ssim(x, y, window):
@@ -98,10 +100,9 @@ def test_mean_and_standard_error():
 
 
 def test_mean_of_psnr_and_psnr_of_mean_are_both_reported():
-    table = MetricTable()
     truth = -torch.ones(2, 3, 8, 8)
-    table.add(truth + torch.tensor([0.2, 2.0]).view(2, 1, 1, 1), truth)
-    row = table.summary()
+    metrics = image_metrics(truth + torch.tensor([0.2, 2.0]).view(2, 1, 1, 1), truth)
+    row = summarize({name: values for name, values in metrics.items() if values is not None})
     assert row["psnr"] == pytest.approx((20.0 + 0.0) / 2, abs=1e-5)
     assert row["psnr_of_mean_mse"] == pytest.approx(-10 * math.log10((0.01 + 1) / 2), abs=1e-5)
 
@@ -157,10 +158,10 @@ def test_images_that_are_too_small_have_no_ms_ssim_and_leave_it_without_a_mean()
     size = MIN_MS_SSIM_SIZE
     small, large = torch.zeros(1, 3, size - 1, size), torch.zeros(1, 3, size, size)
     assert image_metrics(small, small)["ms_ssim"] is None
-    table = MetricTable()
-    table.add(large, large)
-    assert table.summary()["ms_ssim"] == pytest.approx(1)
-    table.add(small, small)
-    row = table.summary()
+    metrics = PointMetrics(NO_JUDGES, settings_with())
+    metrics.add(large, large, ["large"])
+    assert summarize(metrics.per_image)["ms_ssim"] == pytest.approx(1)
+    metrics.add(small, small, ["small"])
+    row = summarize(metrics.per_image)
     assert (row["ms_ssim"], row["ms_ssim_se"]) == (None, None)
     assert row["ssim"] == pytest.approx(1)

@@ -13,21 +13,21 @@ from flextok.evaluation.judges import NO_JUDGES
 from flextok.evaluation.protocol import build_protocol
 from flextok.evaluation.report import format_table, write_report
 from flextok.evaluation.settings import EvaluationSettings
-from flextok.evaluation.sweep import run_sweep
 from flextok.pictures import image_grid, save_image, tile_size
-from tests.evaluation.stub import SETTINGS, StubTokenizer, random_batches
+from tests.evaluation.stub import SETTINGS, StubTokenizer, random_batches, run_sweep
 
 DIGITS = {"_target_": "flextok.data.digits.DigitsDataModule"}
-FILES = ["grid.png", "metrics.csv", "metrics.json", "rate_distortion.png"]
+FILES = ["grid.png", "metrics.csv", "metrics.json", "rate_distortion.png", "report.html", "results.parquet"]
 
 
 @pytest.fixture
 def report(tmp_path):
     settings = EvaluationSettings.from_mapping(SETTINGS)
-    sweep = run_sweep(StubTokenizer(), random_batches(6, 4), settings, device=torch.device("cpu"))
+    sweep = run_sweep(StubTokenizer(), random_batches(6, 4), settings)
     weights = tmp_path / "model.safetensors"
     protocol = build_protocol(
-        sweep=sweep,
+        encoded=sweep.encoded,
+        keep_ks=[1, 2, 4],
         judges=NO_JUDGES,
         settings=settings,
         data=DIGITS,
@@ -36,12 +36,12 @@ def report(tmp_path):
         weights="as exported",
         model=StubTokenizer(),
         device=torch.device("cpu"),
-        attention_backends=["sdpa"],
+        attention_backend="auto",
     )
     return write_report(sweep, protocol, tmp_path / "evaluation"), tmp_path / "evaluation"
 
 
-def test_a_report_is_four_files(report):
+def test_a_report_is_six_files(report):
     assert sorted(path.name for path in report[1].iterdir()) == FILES
 
 
@@ -133,9 +133,8 @@ def test_rows_of_a_grid_share_one_shape(rows, tmp_path):
         image_grid(rows)
 
 
-def test_numbers_that_are_no_json_leave_no_metrics(tmp_path):
-    settings = EvaluationSettings.from_mapping(SETTINGS)
-    sweep = run_sweep(StubTokenizer(), random_batches(2, 2), settings, device=torch.device("cpu"))
+def test_numbers_that_are_no_json_leave_no_metrics(report, tmp_path):
+    sweep = run_sweep(StubTokenizer(), random_batches(2, 2), {})
     with pytest.raises(ValueError, match="JSON"):
-        write_report(sweep, {"num_images": float("nan")}, tmp_path)
-    assert sorted(path.name for path in tmp_path.iterdir()) == [n for n in FILES if n != "metrics.json"]
+        write_report(sweep, {**report[0]["protocol"], "num_images": float("nan")}, tmp_path / "no")
+    assert sorted(path.name for path in (tmp_path / "no").iterdir()) == [n for n in FILES if n != "metrics.json"]

@@ -5,6 +5,7 @@ import re
 
 import pytest
 
+from flextok.evaluation.grid import Curve, decode_options
 from flextok.evaluation.settings import EvaluationSettings, resolve_keep_ks
 from flextok.flextok_wrapper import FlexTok
 from tests.evaluation.stub import SETTINGS
@@ -23,7 +24,12 @@ from tests.evaluation.stub import SETTINGS
         ("weights", "best", "ema, raw"),
         ("split", "train", "test, val"),
         ("guidance_scale", "high", "number"),
+        ("steps", [], "one value or several"),
         ("perform_norm_guidance", 1, "true and false"),
+        ("forms", "mask_token", "attention_mask, packed"),
+        ("forms", [], "one value or several"),
+        ("backends", "cudnn", "auto, flex"),
+        ("resume", "yes", "true and false"),
         ("sampler", "ddim", "euler, heun"),
         ("sampler", None, "euler, heun"),
         ("timestep_shift", 0, "positive number"),
@@ -72,9 +78,26 @@ def test_one_number_is_a_list_of_one():
     assert EvaluationSettings.from_mapping({**SETTINGS, "keep_ks": [4, 2]}).keep_ks == (4, 2)
 
 
+@pytest.mark.parametrize(
+    ("field", "values", "wrong"),
+    [("steps", [4, 0], 0), ("guidance_scale", [1.0, True], True), ("forms", ["packed", 1], 1)],
+)
+def test_of_several_values_the_wrong_one_is_named(field, values, wrong):
+    with pytest.raises(ValueError, match=f"evaluation.{field}={wrong!r}: valid"):
+        EvaluationSettings.from_mapping({**SETTINGS, field: values})
+
+
+def test_axes_take_one_value_or_several():
+    one = EvaluationSettings.from_mapping({**SETTINGS, "steps": 4, "guidance_scale": 2, "forms": "packed"})
+    assert (one.steps, one.guidance_scale, one.forms, one.backends) == ((4,), (2.0,), ("packed",), None)
+    several = EvaluationSettings.from_mapping({**SETTINGS, "steps": [4, 2, 4], "guidance_scale": [3, 1]})
+    assert (several.steps, several.guidance_scale) == ((2, 4), (1.0, 3.0))
+
+
 def test_whole_numbers_and_lists_of_a_command_line_become_the_types_of_decode():
     given = {**SETTINGS, "timestep_shift": 3, "guidance_scale": 2, "guidance_interval": [0, 1]}
-    options = EvaluationSettings.from_mapping(given).decode_options()
+    settings = EvaluationSettings.from_mapping(given)
+    options = decode_options(settings, Curve(settings.steps[0], settings.guidance_scale[0]))
     assert options == {
         "timesteps": 2,
         "sampler": "euler",
@@ -89,7 +112,7 @@ def test_whole_numbers_and_lists_of_a_command_line_become_the_types_of_decode():
 
 
 def test_every_option_of_sampling_is_one_of_decode():
-    options = EvaluationSettings.from_mapping(SETTINGS).decode_options()
+    options = decode_options(EvaluationSettings.from_mapping(SETTINGS), Curve(2, 1.0))
     assert set(options) <= set(inspect.signature(FlexTok.decode).parameters)
 
 
