@@ -86,7 +86,8 @@ def prepared(tmp_path_factory):
         for name in ("released", "EPFL-VILAB/flextok_d18_d28_dfn"):
             export_model(instantiate(config), config, name)
         Path("my_report").mkdir()
-        report = {"protocol": {"num_images": 1, "split": "test", "steps": 2}, "results": [{"keep_k": 1, "psnr": 9.0}]}
+        protocol = {"num_images": 1, "split": "test", "distances": {}}
+        report = {"protocol": protocol, "results": [{"keep_k": 1, "psnr": 9.0}], "vae": {"psnr": 30.0}, "tokens": {}}
         Path("my_report/metrics.json").write_text(json.dumps(report))
     return folder
 

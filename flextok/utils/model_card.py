@@ -1,7 +1,7 @@
 """The README of a model on the hub: what it is, how to use it, what was measured and how."""
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from math import log2
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,10 +12,7 @@ if TYPE_CHECKING:
     from huggingface_hub import ModelCard
 
 PAPER = "2502.13967"
-TITLES = {"keep_k": "tokens", "bits_per_image": "bits", "psnr": "PSNR (dB)", "ssim": "SSIM", "mae": "MAE"}
-"""What `metrics.json` calls otherwise than a table should."""
-# Follow from others, or depend on the machine.
-_LEFT_OUT = ("mse", "psnr_of_mean_mse", "seconds_per_image")
+_PARTS = {"protocol", "results", "vae", "tokens"}
 
 
 def model_card(
@@ -53,8 +50,8 @@ def read_metrics(path: Path) -> dict[str, Any]:
         raise ValueError(
             f"metrics: {path} cannot be read ({error}); valid: a metrics.json that eval.py wrote"
         ) from error
-    if not isinstance(metrics, dict) or not {"protocol", "results"} <= metrics.keys():
-        raise ValueError(f"metrics: {path} has no results and protocol; valid: a metrics.json that eval.py wrote")
+    if not isinstance(metrics, dict) or not metrics.keys() >= _PARTS:
+        raise ValueError(f"metrics: {path} is something else; valid: a metrics.json that eval.py wrote")
     return metrics
 
 
@@ -97,28 +94,22 @@ def _measured(metrics: Mapping[str, Any] | None) -> str:
 
 On {protocol.get("num_images")} images of the split `{protocol.get("split")}`:
 
-{_table(metrics["results"])}
+{_table(metrics)}
 
-Errors are standard errors of the mean over images. The protocol holds what it takes to get these numbers again:
+`± se` is the standard error of the mean over images. The protocol holds what it takes to get these numbers again:
 
 ```json
 {json.dumps(protocol, indent=1)}
 ```"""
 
 
-def _table(results: Sequence[Mapping[str, Any]]) -> str:
-    """Markdown, a row per result; a column for each number, with its standard error where it is known."""
-    names = [name for name in results[0] if name not in _LEFT_OUT and not name.endswith("_se")]
-    lines = [[TITLES.get(name, name) for name in names], ["---"] * len(names)]
-    lines += [[_cell(row.get(name), row.get(f"{name}_se")) for name in names] for row in results]
+def _table(metrics: Mapping[str, Any]) -> str:
+    """What `eval.py` prints, in Markdown."""
+    from flextok.evaluation.report import table_cells
+
+    header, *rows = table_cells(metrics)
+    lines = [header, ["---"] * len(header), *rows]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
-
-
-def _cell(value: Any, error: Any) -> str:
-    if not isinstance(value, int | float):
-        return "" if value is None else str(value)
-    shown = f"{value:.4g}"
-    return shown if error is None else f"{shown} ± {error:.2g}"
 
 
 def _licence(license: str | None) -> str:

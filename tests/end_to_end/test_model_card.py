@@ -11,16 +11,17 @@ from flextok.cli import main
 from flextok.utils.model_card import model_card
 from tests.end_to_end.support import evaluate
 
-ROWS = [
-    {"keep_k": 1, "bits_per_image": 8.0, "psnr": 15.25, "psnr_se": 0.125, "ssim": None, "ssim_se": None, "mse": 0.03},
-    {"keep_k": 2, "bits_per_image": 16.0, "psnr": 17.0, "psnr_se": 0.5, "ssim": 0.5, "ssim_se": None, "mse": 0.02},
-]
-METRICS = {"protocol": {"num_images": 64, "split": "test", "steps": 25, "seed": 3}, "results": ROWS}
-
 
 @pytest.fixture(scope="module")
 def model(released):
     return FlexTokFromHub.from_pretrained(released("mask_token")[1])
+
+
+@pytest.fixture(scope="module")
+def report(released, tmp_path_factory):
+    """An evaluation of that model: the file, and what it holds."""
+    folder = tmp_path_factory.mktemp("report")
+    return folder / "metrics.json", evaluate(released("mask_token")[0], folder)
 
 
 def test_a_card_says_what_the_model_is_and_that_nothing_was_measured(model):
@@ -33,13 +34,15 @@ def test_a_card_says_what_the_model_is_and_that_nothing_was_measured(model):
     assert "None was stated" in card.text
 
 
-def test_a_card_has_the_measured_table_the_protocol_and_the_licence(model, tmp_path):
-    (tmp_path / "metrics.json").write_text(json.dumps(METRICS))
-    card = model_card(model, metrics=tmp_path / "metrics.json", license="apache-2.0")
+def test_a_card_has_the_measured_table_the_protocol_and_the_licence(model, report):
+    file, metrics = report
+    card = model_card(model, metrics=file, license="apache-2.0")
     assert card.data.license == "apache-2.0"
-    assert "| tokens | bits | PSNR (dB) | SSIM |\n| --- | --- | --- | --- |" in card.text
-    assert "| 1 | 8 | 15.25 ± 0.12 |  |\n| 2 | 16 | 17 ± 0.5 | 0.5 |" in card.text
-    assert json.loads(card.text.partition("```json\n")[2].partition("```")[0]) == METRICS["protocol"]
+    table = [line.strip("|").split(" | ") for line in card.text.splitlines() if line.startswith("| ") and "dB" in line]
+    assert [title.strip() for title in table[0]][:4] == ["keep_k", "bits", "PSNR dB", "± se"]
+    for row in metrics["results"]:
+        assert f"| {row['keep_k']} | {row['bits_per_image']:.1f} | {row['psnr']:.2f} |" in card.text
+    assert json.loads(card.text.partition("```json\n")[2].partition("```")[0]) == metrics["protocol"]
     assert "`apache-2.0`" in card.text
 
 
@@ -52,8 +55,8 @@ def test_a_file_that_is_no_evaluation_is_refused(model, tmp_path, content):
         model_card(model, metrics=path)
 
 
-def test_what_is_pushed_is_weights_config_and_card(model, tmp_path, monkeypatch):
-    pushed = {}
+def test_what_is_pushed_is_weights_config_and_card(model, report, tmp_path, monkeypatch):
+    pushed, about = {}, {"metrics": report[1], "license": "mit"}
 
     def upload(api, *, folder_path, repo_id, **options):
         pushed.update({path.name: path.read_bytes() for path in folder_path.iterdir()})
@@ -61,10 +64,10 @@ def test_what_is_pushed_is_weights_config_and_card(model, tmp_path, monkeypatch)
 
     monkeypatch.setattr(HfApi, "create_repo", lambda api, repo_id, **options: type("Repo", (), {"repo_id": repo_id}))
     monkeypatch.setattr(HfApi, "upload_folder", upload)
-    url = model.push_to_hub("somebody/digits", model_card_kwargs={"metrics": METRICS, "license": "mit"})
+    url = model.push_to_hub("somebody/digits", model_card_kwargs=about)
     assert url == "https://hub/somebody/digits"
     assert pushed.keys() == {"model.safetensors", "config.json", "README.md"}
-    model.save_pretrained(tmp_path, model_card_kwargs={"metrics": METRICS, "license": "mit"})
+    model.save_pretrained(tmp_path, model_card_kwargs=about)
     saved = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
     assert pushed.keys() == saved.keys()
     # The order of names in the header of a safetensors file is never the same.
@@ -84,18 +87,18 @@ def test_a_folder_is_loaded_without_a_network(model, tmp_path, monkeypatch):
     assert loaded.state_dict().keys() == model.state_dict().keys()
 
 
-def test_an_export_has_the_numbers_of_its_run_unless_they_are_of_other_weights(released, tmp_path, caplog):
+def test_an_export_has_the_numbers_of_its_run_unless_they_are_of_other_weights(released, report, tmp_path, caplog):
     run, export = released("mask_token")
     assert "Nothing yet" in (export / "README.md").read_text()
-    measured = evaluate(run, tmp_path / "report")
-    given = ("--metrics", str(tmp_path / "report" / "metrics.json"), "--license", "mit")
+    file, measured = report
+    given = ("--metrics", str(file), "--license", "mit")
     assert main(["export", str(run), str(tmp_path / "given"), *given]) == 0
     assert measured["protocol"]["weights_sha256"] in (tmp_path / "given" / "README.md").read_text()
 
     last = run / "checkpoints" / "last.ckpt"
-    report = run / "evaluation" / "metrics.json"
-    report.parent.mkdir()
-    report.write_text(json.dumps(measured))
+    place = run / "evaluation" / "metrics.json"
+    place.parent.mkdir()
+    place.write_text(json.dumps(measured))
     try:
         assert main(["export", str(run), str(tmp_path / "found")]) == 0
         assert measured["protocol"]["weights_sha256"] in (tmp_path / "found" / "README.md").read_text()
@@ -103,8 +106,8 @@ def test_an_export_has_the_numbers_of_its_run_unless_they_are_of_other_weights(r
         assert "Nothing yet" in (tmp_path / "raw" / "README.md").read_text()
         assert "it is of other weights" in caplog.text
     finally:
-        report.unlink()
-        report.parent.rmdir()
+        place.unlink()
+        place.parent.rmdir()
 
 
 def test_a_card_is_not_replaced_unasked(released, tmp_path, capsys):
