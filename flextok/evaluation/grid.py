@@ -64,7 +64,8 @@ def tokens_label(keep_k: int) -> str:
 
 def make_grid(settings: EvaluationSettings, keep_ks: Sequence[int]) -> list[Point]:
     """All points, curve after curve, each with ascending `keep_k`."""
-    axes = (settings.forms or (None,), settings.backends or (None,), settings.steps, settings.guidance_scale)
+    forms, backends = (dict.fromkeys(values or (None,)) for values in (settings.forms, settings.backends))
+    axes = (forms, backends, settings.steps, settings.guidance_scale)
     return [
         Point(keep_k, Curve(steps, guidance_scale, form, backend))
         for form, backend, steps, guidance_scale in product(*axes)

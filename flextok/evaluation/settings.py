@@ -69,8 +69,9 @@ class EvaluationSettings:
             "guidance_scale": tuple(sorted({float(scale) for scale in _listed(values["guidance_scale"])})),
             "steps": tuple(sorted(set(_listed(values["steps"])))),
         }
+        # Those of `keep_ks` are checked when the model is known.
         for name in ("keep_ks", "forms", "backends"):
-            typed[name] = None if values[name] is None else tuple(dict.fromkeys(_listed(values[name])))
+            typed[name] = None if values[name] is None else tuple(_listed(values[name]))
         return cls(**{**values, **typed})
 
 
