@@ -26,7 +26,7 @@ class EvaluationSettings:
 
     num_images: int | None
     split: Literal["test", "val"]
-    keep_ks: tuple[int, ...] | None
+    keep_ks: tuple[Any, ...] | None  # checked by `resolve_keep_ks`, when the model is known
     steps: tuple[int, ...]
     sampler: str
     timestep_shift: float

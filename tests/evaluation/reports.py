@@ -28,7 +28,7 @@ def write(folder, *, judges=None, keys=None, **options):
         weights_file=weights,
         weights="as exported",
         device=device,
-        dtype=torch.float32,
+        model=StubTokenizer(),
         attention_backend="auto",
     )
     return write_report(sweep, protocol, folder / "out"), folder / "out" / "report.html"
