@@ -1,5 +1,6 @@
 """Evaluate a model: `python eval.py checkpoint=runs/<experiment>/<time>`. Options: `configs/eval.yaml`."""
 
+import os
 import sys
 
 import hydra
@@ -15,7 +16,9 @@ def main(config: DictConfig) -> None:
 
     check_config(config)
     metrics, folder = run(config)
-    sys.stdout.write(f"{format_table(metrics)}report: {folder}\n")
+    # Of several processes one tells.
+    if os.environ.get("RANK", "0") == "0":
+        sys.stdout.write(f"{format_table(metrics)}report: {folder}\n")
 
 
 if __name__ == "__main__":

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from huggingface_hub import PyTorchModelHubMixin, hf_hub_download
+from huggingface_hub import ModelCard, PyTorchModelHubMixin, hf_hub_download
 from torch import Tensor, nn
 
 from flextok.flow_matching.sampling import GuidanceScale
@@ -17,6 +17,7 @@ from flextok.model.data_dict import DataDict, Generators
 from flextok.model.preprocessors.dropout_sampler import DropoutSampler
 from flextok.utils.checkpoint import check_file_fits, instantiate_parts, load_safetensors, sanitize_hydra_config
 from flextok.utils.export import export_model
+from flextok.utils.model_card import model_card
 
 logger = logging.getLogger(__name__)
 
@@ -232,6 +233,10 @@ class FlexTokFromHub(FlexTok, PyTorchModelHubMixin):
 
     def _save_pretrained(self, save_directory: Path) -> None:
         export_model(self, self.config, save_directory, overwrite=True)
+
+    def generate_model_card(self, *args: Any, **options: Any) -> ModelCard:
+        """The README of the model; options, which come from `model_card_kwargs`, are those of `model_card`."""
+        return model_card(self, *args, **options)
 
 
 def _check_config_file(file: Path) -> None:

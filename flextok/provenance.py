@@ -1,12 +1,17 @@
-"""Which code made a number: the versions of the packages and the revision of this one."""
+"""Which code and which weights made a number: versions of the packages, revision of this one, a hash of a model."""
 
+import hashlib
 import subprocess
 from importlib import metadata
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from torch import nn
 
 PACKAGES = (
     *("flextok", "torch", "numpy", "einops", "pillow", "safetensors", "hydra-core", "omegaconf"),
-    *("lightning", "torchmetrics", "diffusers"),
+    *("lightning", "torchmetrics", "diffusers", "transformers"),
 )
 
 
@@ -24,6 +29,27 @@ def git_revision() -> str | None:
     except (OSError, subprocess.SubprocessError):
         return None
     return result.stdout.strip()
+
+
+def weights_sha256(model: "nn.Module") -> str:
+    """A hash of all weights and their names, the same for a run and its export: files and paths do not count."""
+    import torch
+
+    digest = hashlib.sha256()
+    for name, tensor in sorted(model.state_dict().items()):
+        digest.update(name.encode())
+        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
+def code_sha256() -> str:
+    """Of all files of this package, whether or not they are committed or in a repository."""
+    digest = hashlib.sha256()
+    package = Path(__file__).parent
+    for file in sorted(package.rglob("*.py")):
+        content = hashlib.sha256(file.read_bytes()).hexdigest()
+        digest.update(f"{file.relative_to(package).as_posix()} {content}\n".encode())
+    return digest.hexdigest()
 
 
 def _version(package: str) -> str | None:

@@ -42,14 +42,16 @@ def encode_inputs(model: FlexTok, inputs: DataDict, keys: Sequence[str], *, seed
     )
 
 
-def decode_tokens(model: FlexTok, encoded: Encoded, *, keep_k: int, seed: int, **decode_options: Any) -> Tensor:
-    """Images `[B, 3, H, W]` from the first `keep_k` tokens; the same start noise for every `keep_k`.
+def decode_tokens(
+    model: FlexTok, encoded: Encoded, *, keep_k: int | Sequence[int], seed: int, **decode_options: Any
+) -> Tensor:
+    """Images `[B, 3, H, W]` from the first `keep_k` tokens, of all or of each; the noise is one for every number.
 
     `decode_options` are those of `FlexTok.decode`, such as `timesteps` and `guidance_scale`.
     """
     data: DataDict = {
         model.quants_write_key: list(encoded.quants),
-        model.eval_keep_k_key: [keep_k] * len(encoded.keys),
+        model.eval_keep_k_key: [keep_k] * len(encoded.keys) if isinstance(keep_k, int) else list(keep_k),
         RNG_KEY: image_generators(seed, encoded.keys, stream="decode"),
     }
     sizes = [(latent.shape[-2], latent.shape[-1]) for latent in encoded.latents]

@@ -42,3 +42,16 @@ def recorded_folder(monkeypatch):
     """The recorded files as working directory: their checkpoints name the VAE by a relative path."""
     monkeypatch.chdir(RECORDED)
     return RECORDED
+
+
+@pytest.fixture(scope="session")
+def teacher_folder(tmp_path_factory):
+    """A DINOv2 of one layer; patches of 4 pixels, made for a grid of 4 x 4."""
+    transformers = pytest.importorskip("transformers")
+    torch.manual_seed(3)
+    config = transformers.Dinov2Config(
+        hidden_size=16, num_hidden_layers=1, num_attention_heads=2, patch_size=4, image_size=16
+    )
+    folder = tmp_path_factory.mktemp("teacher")
+    transformers.Dinov2Model(config).save_pretrained(folder)
+    return str(folder)

@@ -232,3 +232,17 @@ class Interruptions:
             return function(*args, **options)
 
         return broken
+
+
+def export_small_model(folder: Path, *overrides: str) -> Path:
+    """A tokenizer with random weights as an exported folder: 8 tokens, images of 8 x 8 pixels, no VAE."""
+    from hydra.utils import instantiate
+    from omegaconf import OmegaConf
+
+    from flextok.config import compose
+    from flextok.utils.export import export_model
+
+    sizes = ("size.registers=8", "size.encoder_depth=1", "size.decoder_depth=1", "size.intermediate_layer=0")
+    config = compose(["model=tiny", "vae=pixel", "data=digits", *sizes, *overrides])
+    model = OmegaConf.to_container(config.model, resolve=True)
+    return export_model(randomize(instantiate(model)), model, folder)

@@ -45,6 +45,8 @@ AT_MODULE_LEVEL = {
     "transformers": {"fusion"},
     "datasets": set(),
     "litdata": set(),
+    "pyarrow": set(),
+    "shtab": set(),
 }
 # These parts may not import the library at all.
 NEVER = {"attention": {"diffusers", "lightning", "PIL"}, "fusion": {"diffusers", "lightning"}}

@@ -3,12 +3,11 @@
 import pytest
 import torch
 
-from flextok.evaluation.settings import EvaluationSettings
-from flextok.evaluation.sweep import run_sweep
+from flextok.data.transforms import to_uint8
 from flextok.model.data_dict import RNG_KEY
 from flextok.reconstruct import decode_latents, decode_tokens, encode_images
 from flextok.training.pictures import reconstructions
-from tests.evaluation.stub import SETTINGS, StubTokenizer, random_batches
+from tests.evaluation.stub import StubTokenizer, random_batches, run_sweep
 
 
 @pytest.fixture
@@ -55,9 +54,8 @@ def test_training_shows_the_reconstructions_that_evaluation_measures(batch):
     sweep = run_sweep(
         StubTokenizer(),
         [batch],
-        EvaluationSettings.from_mapping({**SETTINGS, "seed": 3, "keep_ks": [2], "grid_images": len(keys)}),
-        device=torch.device("cpu"),
+        {"seed": 3, "keep_ks": [2], "grid_images": len(keys)},
     )
     encoded = encode_images(StubTokenizer(), images, keys, seed=3)
     (shown,) = reconstructions(StubTokenizer(), encoded, keep_ks=[2], seed=3)
-    assert torch.equal(shown, sweep.reconstructions[2])
+    assert torch.equal(to_uint8(shown), sweep.pictures[0].first)

@@ -16,11 +16,16 @@ from flextok import __version__
 # Command -> what `--help` says about it. The module is the name with underscores: `show-mask` lives in
 # `show_mask.py`.
 COMMANDS = {
+    "compare": "compare evaluations of the same images, with confidence intervals",
+    "completion": "print a script that completes these commands in a shell",
     "describe": "print every module of a model: keys it reads and writes, parameters, shapes",
+    "detokenize": "turn tokens back into images",
     "export": "write a trained model as model.safetensors and config.json",
     "latents": "encode a data set with the VAE once, so that training need not",
     "prepare": "turn a folder of images or tar files into shards that training can stream",
+    "reconstruct": "show an image and its reconstructions from more and more tokens",
     "show-mask": "show which tokens of a model attend to which, as text and as a picture",
+    "tokenize": "write the tokens of a folder of images or of tar files",
 }
 
 
@@ -28,11 +33,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run one command and return its exit status: 0 if all went well, 1 for an error that the user can
     mend."""
     argv = sys.argv[1:] if argv is None else list(argv)
-    args = _build_parser(chosen=next((word for word in argv if word in COMMANDS), None)).parse_args(argv)
+    args = build_parser(next((word for word in argv if word in COMMANDS), "")).parse_args(argv)
     logging.basicConfig(level=logging.INFO, format="%(levelname)s: %(message)s")
     try:
         status: int = args.run(args)
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, ImportError) as error:
         if args.traceback:
             raise
         print(f"error: {error}", file=sys.stderr)
@@ -40,7 +45,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     return status
 
 
-def _build_parser(chosen: str | None) -> argparse.ArgumentParser:
+def build_parser(*chosen: str) -> argparse.ArgumentParser:
+    """All commands, and the options of those chosen."""
     parser = argparse.ArgumentParser(prog="flextok", description="Flexible-length 1D image tokenizers.")
     parser.add_argument("--version", action="version", version=f"flextok {__version__}")
     parser.add_argument("--traceback", action="store_true", help="show where in the code an error came from")
@@ -49,7 +55,7 @@ def _build_parser(chosen: str | None) -> argparse.ArgumentParser:
         command = commands.add_parser(
             name, help=summary, formatter_class=argparse.RawDescriptionHelpFormatter, description=summary
         )
-        if name == chosen:
+        if name in chosen:
             module = import_module(f"flextok.cli.{name.replace('-', '_')}")
             command.description = module.__doc__
             module.add_arguments(command)

@@ -1,4 +1,4 @@
-"""The images that `flextok prepare` reads: files of a folder, or members of tar shards."""
+"""The images that `flextok prepare` and `flextok tokenize` read: files of a folder, or members of tar shards."""
 
 import tarfile
 from glob import glob

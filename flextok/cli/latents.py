@@ -69,6 +69,7 @@ def _encode(args: argparse.Namespace) -> None:
     from flextok.data.latent_shards import LATENTS
     from flextok.data.latents import LatentsDataModule
     from flextok.evaluation.run import pick_device
+    from flextok.provenance import weights_sha256
     from flextok.training.repa import FrozenTeacher
 
     config = compose(args.overrides)
@@ -87,7 +88,7 @@ def _encode(args: argparse.Namespace) -> None:
     model.to(pick_device(args.device)).eval()
     settings: dict[str, Any] = {
         "vae": {name: value for name, value in vae.items() if name != "in_memory"},
-        "vae_weights": _fingerprint(model),
+        "vae_weights": weights_sha256(model),
         "latent": latent,
         "data": {name: value for name, value in data.items() if name not in _SPEED_SETTINGS},
         "seed": config.seed,
@@ -97,7 +98,7 @@ def _encode(args: argparse.Namespace) -> None:
     if args.features is not None:
         size = args.feature_size or config.size.grid
         teacher = FrozenTeacher.load(args.features, field="--features")
-        settings["features"] = {"teacher": args.features, "weights": _fingerprint(teacher.model), "size": size}
+        settings["features"] = {"teacher": args.features, "weights": weights_sha256(teacher.model), "size": size}
 
     def encode(batch: Any, keys: list[str], variants: list[int]) -> dict[str, Any]:
         content = {"latents": encode_images(model, batch, keys, variants, seed=config.seed)}
@@ -139,16 +140,3 @@ def encode_images(vae: Any, images: Any, keys: list[str], variants: list[int], *
     with torch.no_grad():
         data = vae.encode({vae.images_read_key: list(images.to(vae.device).split(1)), RNG_KEY: generators})
     return torch.cat(list(data[vae.vae_latents_write_key]))
-
-
-def _fingerprint(module: Any) -> str:
-    """A checksum of all weights: a VAE may change without a change of its path."""
-    import hashlib
-
-    import torch
-
-    digest = hashlib.sha256()
-    for name, tensor in sorted(module.state_dict().items()):
-        digest.update(name.encode())
-        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
-    return digest.hexdigest()

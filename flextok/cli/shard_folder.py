@@ -34,7 +34,7 @@ class ShardFolder:
         settings = json.loads(json.dumps(settings))
         if (path / INDEX).exists():
             self.index = read_index(path, kind)
-            self.check_same(self.index["settings"], settings)
+            self._check_same(self.index["settings"], settings)
         elif path.exists() and (not path.is_dir() or any(file.suffix != ".tmp" for file in path.iterdir())):
             raise ValueError(
                 f"{argument}: {path} exists and holds no {kind.content}; valid: a new or an empty folder, or one "
@@ -56,7 +56,7 @@ class ShardFolder:
             ValueError: The split was begun with others.
         """
         split = self.index["splits"].setdefault(name, {**settings, "shards": []})
-        self.check_same({key: split.get(key) for key in settings}, settings, prefix=f"split {name}: ")
+        self._check_same({key: split.get(key) for key in settings}, settings, prefix=f"split {name}: ")
         missing = []
         for number, shard in enumerate(split["shards"]):
             try:
@@ -94,13 +94,20 @@ class ShardFolder:
         with atomic_path(self.path / INDEX) as temporary:
             temporary.write_text(json.dumps(self.index, indent=1) + "\n", encoding="utf-8")
 
-    def check_same(self, stored: Any, asked: Any, *, prefix: str = "") -> None:
-        """Raise ValueError naming the first setting, at any depth, that is not the one the folder was begun with."""
-        if isinstance(stored, dict) and isinstance(asked, dict):
-            for name in sorted(stored.keys() | asked.keys()):
-                self.check_same(stored.get(name), asked.get(name), prefix=f"{prefix}{name}.")
-        elif stored != asked:
-            raise ValueError(
-                f"{self.argument}: {self.path} holds {self.kind.content} made with {prefix.rstrip('.')}={stored!r}, "
-                f"not {asked!r}; valid: the settings it was begun with, or another folder"
-            )
+    def _check_same(self, stored: Any, asked: Any, *, prefix: str = "") -> None:
+        check_same(stored, asked, where=f"{self.argument}: {self.path} holds {self.kind.content}", prefix=prefix)
+
+
+def check_same(stored: Any, asked: Any, *, where: str, prefix: str = "") -> None:
+    """Raise ValueError naming the first setting, at any depth, that is not the one a folder was begun with.
+
+    `where` begins the message: which folder that is, and what it holds.
+    """
+    if isinstance(stored, dict) and isinstance(asked, dict):
+        for name in sorted(stored.keys() | asked.keys()):
+            check_same(stored.get(name), asked.get(name), where=where, prefix=f"{prefix}{name}.")
+    elif stored != asked:
+        raise ValueError(
+            f"{where} made with {prefix.rstrip('.')}={stored!r}, not {asked!r}; valid: the settings it was begun with, "
+            "or another folder"
+        )

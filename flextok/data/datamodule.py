@@ -1,10 +1,11 @@
 """The one interface behind which every dataset lives."""
 
 from abc import ABC, abstractmethod
-from typing import Any, Literal, TypeAlias
+from typing import Any, ClassVar, Literal, TypeAlias
 
 import torch
 from lightning import LightningDataModule
+from torch.utils.data import DataLoader
 
 from flextok.data.loaders import EvalLoader, ResumableLoader, outlive_signals
 from flextok.data.samplers import EvalSampler, TrainSampler, rank_and_world_size
@@ -30,6 +31,9 @@ class ImageDataModule(LightningDataModule, ABC):
     Raises:
         ValueError: A size is not positive, or (in `setup`) the train set does not fill one batch.
     """
+
+    transform: ClassVar[str] = "central square, resized to image_size in one step, bicubic with antialiasing (Pillow)"
+    """How images of the splits for evaluation are made, for reports."""
 
     def __init__(
         self,
@@ -105,6 +109,17 @@ class ImageDataModule(LightningDataModule, ABC):
             name: value.to(device, non_blocking=True) if isinstance(value, torch.Tensor) else value
             for name, value in batch.items()
         }
+
+    def whole_batches(self, split: Split) -> "DataLoader[Any]":
+        """`val` or `test` in order, in batches that do not depend on the number of ranks, which take turns.
+
+        `None` stands for a batch of which nothing could be read.
+        """
+        dataset, size = self.datasets[split], self.eval_batch_size
+        rank, world_size = rank_and_world_size()
+        numbers = list(range(len(dataset)))
+        batches = [numbers[start : start + size] for start in numbers[::size]]
+        return DataLoader(dataset, batch_sampler=batches[rank::world_size], **self._common_arguments())
 
     def _eval_dataloader(self, split: Split) -> EvalLoader:
         dataset = self.datasets[split]

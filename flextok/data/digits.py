@@ -21,6 +21,8 @@ _SPLIT_SIZES: dict[Split, int] = {"train": 1285, "val": 256, "test": 256}
 class DigitsDataModule(ImageDataModule):
     """Digits as RGB images with three equal channels, at `image_size` 8 or, enlarged, a multiple of it."""
 
+    transform = "8 x 8 pixels enlarged to image_size, bicubic (Pillow)"
+
     def make_datasets(self) -> dict[Split, ImageDataset]:
         """Load and resize all images; they fit in memory many times over."""
         if self.image_size % _NATIVE_SIZE:

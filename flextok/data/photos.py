@@ -46,6 +46,8 @@ class PhotosDataModule(ImageDataModule):
         ValueError: In `setup`, if a name is unknown or a held-out part cannot hold a crop.
     """
 
+    transform = "fixed square crops of the held-out regions, resized to image_size, bicubic with antialiasing (Pillow)"
+
     def __init__(
         self,
         *,

@@ -1,7 +1,7 @@
 """The index of a folder of shards: which there are, and whether they are what was written.
 
 `index.json` holds the settings the shards were made with and, per split, its shards with their number of samples, size
-and checksum. Latents and images are stored this way.
+and checksum. Latents, images and tokens are stored this way.
 """
 
 import hashlib
@@ -23,12 +23,14 @@ class ShardKind:
         content: What the shards hold, in one word.
         command: What writes them, and writes them again.
         otherwise: What to do with a folder that is none of these.
+        argument: What users call the folder.
     """
 
     format: str
     content: str
     command: str
     otherwise: str
+    argument: str = "data.root"
 
 
 def read_index(folder: Path, kind: ShardKind) -> dict[str, Any]:
@@ -40,7 +42,7 @@ def read_index(folder: Path, kind: ShardKind) -> dict[str, Any]:
     path = folder / INDEX
     if not path.is_file():
         raise ValueError(
-            f"data.root={str(folder)!r} is no folder of {kind.content}: it has no {INDEX}; valid: a folder that "
+            f"{kind.argument}={str(folder)!r} is no folder of {kind.content}: it has no {INDEX}; valid: a folder that "
             f"`{kind.command}` wrote ({kind.otherwise})"
         )
     return parse_index(path.read_bytes(), str(path), kind)
@@ -67,8 +69,8 @@ def check_complete(split: Mapping[str, Any], name: str, folder: Path | str, kind
     expected = -(-split["samples"] // split["shard_size"])
     if done < expected:
         raise ValueError(
-            f"data.root={str(folder)!r}: split {name} has {done} of {expected} shards; run `{kind.command}` again "
-            "with the same arguments, it goes on where it stopped"
+            f"{kind.argument}={str(folder)!r}: split {name} has {done} of {expected} shards; run `{kind.command}` "
+            "again with the same arguments, it goes on where it stopped"
         )
 
 

@@ -9,7 +9,7 @@ from typing import TypeAlias
 import numpy as np
 import torch
 from jaxtyping import Float, UInt8
-from PIL import ExifTags, Image, ImageOps
+from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
 # What Pillow raises for files that are empty, cut off, damaged, too large to be true, or not images. Damage
@@ -27,6 +27,8 @@ DECODE_ERRORS = (
     Image.DecompressionBombError,
     Image.DecompressionBombWarning,
 )
+# Of an image that is read: 300 MB as RGB, several times that on the way there. A few kilobytes may promise more.
+MAX_PIXELS = 100_000_000
 _FORMATS = ("JPEG", "PNG", "WEBP")
 # A file, its content, or an image that somebody has opened.
 Encoded: TypeAlias = Path | bytes | Image.Image
@@ -36,7 +38,7 @@ def decode(encoded: Encoded) -> Image.Image:
     """Read a JPEG, PNG or WebP as RGB, upright as its EXIF orientation says; the first frame of an animation.
 
     Raises:
-        One of `DECODE_ERRORS`: This is not a complete image of one of these formats.
+        One of `DECODE_ERRORS`: This is not a complete image of one of these formats, or one of more than `MAX_PIXELS`.
     """
     image = _load(encoded)
     # Only where needed: exif_transpose copies the image even if it is upright already.
@@ -45,13 +47,41 @@ def decode(encoded: Encoded) -> Image.Image:
     return to_rgb(image)
 
 
+def read_image(encoded: Encoded, *, name: str) -> Image.Image:
+    """The same for callers that stop at an image that cannot be read.
+
+    Raises:
+        ValueError: It cannot; the message begins with `name` and says why.
+    """
+    try:
+        return decode(encoded)
+    except DECODE_ERRORS as error:
+        raise ValueError(f"{name} cannot be read: {why_unreadable(error)}") from error
+
+
+def why_unreadable(error: Exception) -> str:
+    """What one of `DECODE_ERRORS` means, in words."""
+    if isinstance(error, Image.DecompressionBombError | Image.DecompressionBombWarning):
+        return f"it is too large ({error})"
+    if isinstance(error, UnidentifiedImageError):
+        return "it is no JPEG, PNG or WebP image"
+    if isinstance(error, OSError) and error.errno is not None:
+        return str(error)
+    return f"it is damaged or cut off ({error!r})"
+
+
 def _load(encoded: Encoded) -> Image.Image:
     if isinstance(encoded, Image.Image):
-        encoded.load()
-        return encoded
+        return _load_pixels(encoded)
     with encoded.open("rb") if isinstance(encoded, Path) else BytesIO(encoded) as stream:
-        image = Image.open(stream, formats=_FORMATS)
-        image.load()
+        return _load_pixels(Image.open(stream, formats=_FORMATS))
+
+
+def _load_pixels(image: Image.Image) -> Image.Image:
+    # Pillow's own limit is a variable that any library may change, and up to twice of it it only warns.
+    if image.width * image.height > MAX_PIXELS:
+        raise Image.DecompressionBombError(f"{image.width} x {image.height} pixels; at most {MAX_PIXELS:,} are read")
+    image.load()
     return image
 
 
@@ -61,8 +91,8 @@ def to_rgb(image: Image.Image) -> Image.Image:
         return image
     if image.mode.startswith("I"):
         # convert() would clip at 255 instead of scaling.
-        grey = np.asarray(image).astype(np.float64).clip(0, 65535)
-        return Image.fromarray((grey / 257).round().astype(np.uint8)).convert("RGB")
+        grey = np.asarray(image).astype(np.int32).clip(0, 65535)
+        return Image.fromarray(((grey + 128) // 257).astype(np.uint8)).convert("RGB")
     if image.has_transparency_data:
         rgba = image.convert("RGBA")
         white = Image.new("RGBA", rgba.size, "white")

@@ -1,38 +1,171 @@
-"""Draw quality against the number of tokens."""
+"""Draw curves over the number of tokens: quality, throughput, and what each token carries."""
 
-from collections.abc import Mapping, Sequence
-from pathlib import Path
-from typing import Any
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from io import BytesIO
+from typing import TYPE_CHECKING, Any
 
-from flextok.evaluation.reconstruction import PSNR_CAP
-from flextok.utils.checkpoint import atomic_path
+from flextok.evaluation.reconstruction import METRICS, PSNR_CAP
 
-PANELS = {"psnr": "PSNR (dB)", "ssim": "SSIM"}
-LINE, BOUND = "#1f4e79", "#888888"
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+Rows = Sequence[Mapping[str, Any]]
+Curves = Mapping[str, Rows]
+"""By label: the results of one curve, with ascending `keep_k`."""
+
+TITLES = {"psnr": "PSNR (dB)", "ssim": "SSIM", "ms_ssim": "MS-SSIM", "mae": "MAE", "mse": "MSE"}
+# Readable beside each other for colour-blind people too; further curves repeat them, dashed.
+COLOURS = ("#1f4e79", "#d95f02", "#1b9e77", "#7b4fa3", "#c9a300", "#a6761d", "#cc3d7a", "#555555")
+BOUND = "#888888"
+COLUMNS = 3
 
 
-def plot_rate_distortion(results: Sequence[Mapping[str, Any]], vae: Mapping[str, Any], path: Path) -> None:
-    """Write a PNG with PSNR and SSIM over `keep_k`; bars are standard errors, dashed is the VAE alone."""
+def curves_of(results: Iterable[Mapping[str, Any]], prefix: str = "") -> dict[str, list[Mapping[str, Any]]]:
+    """Results of a sweep as curves; the labels begin with `prefix`."""
+    curves: dict[str, list[Mapping[str, Any]]] = {}
+    for row in results:
+        curves.setdefault(prefix + curve_label(row), []).append(row)
+    return curves
+
+
+def curve_label(row: Mapping[str, Any]) -> str:
+    """Which curve a row of the results is of."""
+    from flextok.evaluation.grid import Curve
+
+    return Curve(row["steps"], row["guidance_scale"], row.get("form"), row.get("backend")).label
+
+
+def known_metrics(results: Iterable[Mapping[str, Any]]) -> list[str]:
+    """Metrics that all of these rows have, those of images first."""
+    rows = list(results)
+    names = [name.removesuffix("_se") for name in rows[0] if name.endswith("_se")]
+    order = [*(name for name in METRICS if name in names), *(name for name in names if name not in METRICS)]
+    # Of a Fréchet distance there is no error.
+    order += [name for name in rows[0] if name.startswith("fid_") and name not in order]
+    return [name for name in order if all(row.get(name) is not None for row in rows)]
+
+
+def rate_distortion(curves: Curves, vae: Mapping[str, Any] | None, metrics: Sequence[str]) -> "Figure":
+    """A panel per metric over `keep_k`; bars are standard errors, dashed is the VAE alone."""
+    figure, panels = _panels(len(metrics))
+    for axes, name in zip(panels, metrics, strict=False):
+        for index, (label, rows) in enumerate(curves.items()):
+            errors = [row.get(f"{name}_se") or 0.0 for row in rows]
+            _curve(axes, index, [row["keep_k"] for row in rows], [row[name] for row in rows], errors, label)
+        # A lossless VAE bounds nothing, and its line would press the curves flat.
+        if vae is not None and vae["psnr"] < PSNR_CAP:
+            axes.axhline(vae[name], linestyle=":", linewidth=1, color=BOUND, label="VAE only")
+        _over_tokens(axes, curves, TITLES.get(name, name))
+    _legend(panels[0])
+    return figure
+
+
+def differences(rows: Rows) -> "Figure":
+    """A panel per metric: differences over `keep_k` by run and curve; bars are confidence intervals."""
+    names = list(dict.fromkeys(row["metric"] for row in rows))
+    figure, panels = _panels(len(names))
+    for axes, name in zip(panels, names, strict=False):
+        curves: dict[str, list[Mapping[str, Any]]] = {}
+        for row in rows:
+            if row["metric"] == name:
+                curves.setdefault(f"{row['run']}: {curve_label(row)}", []).append(row)
+        for index, (label, points) in enumerate(curves.items()):
+            values = [row["difference"] for row in points]
+            limits = [
+                [0.0 if row["low"] is None else max(0.0, row["difference"] - row["low"]) for row in points],
+                [0.0 if row["high"] is None else max(0.0, row["high"] - row["difference"]) for row in points],
+            ]
+            _curve(axes, index, [row["keep_k"] for row in points], values, limits, label)
+        axes.axhline(0, linewidth=1, color=BOUND)
+        _token_axis(axes, {row["keep_k"]: str(row["keep_k"]) for row in rows}, "tokens kept")
+        axes.set_ylabel(f"difference, {TITLES.get(name, name)}")
+    _legend(panels[0])
+    return figure
+
+
+def throughput(curves: Curves) -> "Figure":
+    """Images per second of one process over `keep_k`."""
+    figure, (axes,) = _panels(1)
+    for index, (label, rows) in enumerate(curves.items()):
+        speeds = [1 / row["seconds_per_image"] for row in rows]
+        axes.plot([row["keep_k"] for row in rows], speeds, marker="o", markersize=4, **_style(index), label=label)
+    _over_tokens(axes, curves, "images/s, decoding")
+    axes.set_ylim(bottom=0)
+    _legend(axes)
+    return figure
+
+
+def entropy_of_positions(tokens: Mapping[str, Mapping[str, Any]]) -> "Figure":
+    """Entropy of the ids at each position, by label; dotted is the most that so many images could show."""
+    figure, (axes,) = _panels(1)
+    for index, (label, statistics) in enumerate(tokens.items()):
+        values = statistics["entropy_bits_per_position"]
+        axes.plot(range(1, len(values) + 1), values, linewidth=1.2, **_style(index), label=label)
+    for ceiling in sorted({statistics["entropy_ceiling_bits"] for statistics in tokens.values()}):
+        axes.axhline(ceiling, linestyle=":", linewidth=1, color=BOUND, label="ceiling")
+    axes.set_xlabel("position of the token")
+    axes.set_ylabel("entropy (bits)")
+    axes.set_ylim(bottom=0)
+    _legend(axes)
+    return figure
+
+
+def as_svg(figure: "Figure") -> bytes:
+    """The same figure gives the same bytes."""
+    from matplotlib import rc_context
+
+    file = BytesIO()
+    with rc_context({"svg.hashsalt": "flextok"}):
+        figure.savefig(file, format="svg", metadata={"Date": None})
+    return file.getvalue()
+
+
+def _panels(count: int) -> "tuple[Figure, list[Axes]]":
     # Without pyplot there is no global state and no display: a bare Figure draws with Agg.
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(9, 3.6), layout="constrained")
-    keep_ks = [result["keep_k"] for result in results]
-    for axes, (name, title) in zip(figure.subplots(1, len(PANELS)), PANELS.items(), strict=True):
-        values = [result[name] for result in results]
-        errors = [result[f"{name}_se"] or 0.0 for result in results]
-        axes.errorbar(keep_ks, values, yerr=errors, marker="o", markersize=4, capsize=2, color=LINE)
-        # A lossless VAE bounds nothing, and its line would press the curve flat.
-        if vae["psnr"] < PSNR_CAP:
-            axes.axhline(vae[name], linestyle="--", linewidth=1, color=BOUND, label="VAE only")
-            axes.legend(frameon=False, fontsize=8)
-        axes.set_xscale("log", base=2)
-        ticks = [f"{result['keep_k']}\n{result['bits_per_image']:.0f}" for result in results]
-        axes.set_xticks(keep_ks, ticks, fontsize=8)
-        axes.set_xticks([], minor=True)
-        axes.set_xlabel("tokens kept (below: bits per image)")
-        axes.set_ylabel(title)
+    columns = min(count, COLUMNS)
+    rows = math.ceil(count / columns)
+    figure = Figure(figsize=(max(4.5, 4.2 * columns), 3.4 * rows), layout="constrained")
+    panels: list[Axes] = list(figure.subplots(rows, columns, squeeze=False).flat)
+    for axes in panels:
         axes.grid(alpha=0.25)
         axes.spines[["top", "right"]].set_visible(False)
-    with atomic_path(path) as temporary:
-        figure.savefig(temporary, dpi=150, format="png")
+    for axes in panels[count:]:
+        axes.set_visible(False)
+    return figure, panels
+
+
+def _curve(
+    axes: "Axes", index: int, keep_ks: Sequence[int], values: Sequence[float], errors: Sequence[Any], label: str
+) -> None:
+    axes.errorbar(keep_ks, values, yerr=errors, marker="o", markersize=4, capsize=2, **_style(index), label=label)
+
+
+def _over_tokens(axes: "Axes", curves: Curves, title: str) -> None:
+    bits = {(row["keep_k"], row["bits_per_image"]) for rows in curves.values() for row in rows}
+    keep_ks = {keep_k for keep_k, _ in bits}
+    # Bits differ between tokenizers of different codebooks.
+    if len(bits) == len(keep_ks):
+        _token_axis(axes, {k: f"{k}\n{b:.0f}" for k, b in bits}, "tokens kept (below: bits per image)")
+    else:
+        _token_axis(axes, {keep_k: str(keep_k) for keep_k in keep_ks}, "tokens kept")
+    axes.set_ylabel(title)
+
+
+def _token_axis(axes: "Axes", ticks: Mapping[int, str], title: str) -> None:
+    axes.set_xscale("log", base=2)
+    axes.set_xticks(sorted(ticks), [ticks[keep_k] for keep_k in sorted(ticks)], fontsize=8)
+    axes.set_xticks([], minor=True)
+    axes.set_xlabel(title)
+
+
+def _style(index: int) -> dict[str, Any]:
+    return {"color": COLOURS[index % len(COLOURS)], "linestyle": "-" if index < len(COLOURS) else "--"}
+
+
+def _legend(axes: "Axes") -> None:
+    if len(axes.get_legend_handles_labels()[1]) > 1:
+        axes.legend(frameon=False, fontsize=8)

@@ -1,61 +1,72 @@
 """Say how numbers came about: everything needed to get them again, in plain types for JSON."""
 
-import hashlib
 import platform
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+from hydra.utils import get_class
+from torch import nn
 
-from flextok.evaluation.reconstruction import PSNR_CAP, ssim_sigma, ssim_window
+from flextok.evaluation.encoding import EncodedSplit
+from flextok.evaluation.judges import Judges
+from flextok.evaluation.reconstruction import MIN_MS_SSIM_SIZE, PSNR_CAP, ssim_sigma, ssim_window
 from flextok.evaluation.settings import EvaluationSettings
-from flextok.evaluation.sweep import SweepResult
-from flextok.provenance import git_revision, package_versions
+from flextok.provenance import git_revision, package_versions, weights_sha256
 
 
 def build_protocol(
     *,
-    sweep: SweepResult,
+    encoded: EncodedSplit,
+    keep_ks: Sequence[int],
+    judges: Judges,
     settings: EvaluationSettings,
     data: Mapping[str, Any],
     checkpoint: Path,
     weights_file: Path,
     weights: str,
+    model: nn.Module,
     device: torch.device,
-    dtype: torch.dtype,
-    attention_backends: Sequence[str],
+    attention_backend: str,
 ) -> dict[str, Any]:
-    """The `protocol` of `metrics.json`."""
-    from flextok.training.sharded_checkpoint import META
-
+    """The `protocol` of `metrics.json`, known before any point is measured."""
     return {
         "split": settings.split,
-        "num_images": sweep.num_images,
+        "num_images": len(encoded.keys),
         "num_images_requested": settings.num_images,
-        "image_sizes": sweep.image_sizes,
+        "image_sizes": encoded.image_sizes,
         "data": dict(data),
-        "keep_ks": [result["keep_k"] for result in sweep.results],
-        "steps": settings.steps,
+        "images_sha256": encoded.images_sha256,
+        "transform": image_transform(data),
+        "keep_ks": list(keep_ks),
+        "steps": list(settings.steps),
         "sampler": settings.sampler,
         "timestep_shift": settings.timestep_shift,
-        "guidance_scale": settings.guidance_scale,
+        "guidance_scale": list(settings.guidance_scale),
         "perform_norm_guidance": settings.perform_norm_guidance,
         "guidance_interval": list(settings.guidance_interval),
         "guidance_every": settings.guidance_every,
+        "forms": None if settings.forms is None else list(settings.forms),
+        "backends": None if settings.backends is None else list(settings.backends),
         "weights": weights,
         "seed": settings.seed,
+        "features": settings.features,
+        "distances": settings.distances,
+        "networks": judges.protocol(),
+        "kid_subsets": settings.kid_subsets,
+        "kid_subset_size": settings.kid_subset_size,
+        "import_references": settings.import_references,
         "batch_size": settings.batch_size,
         "checkpoint": _shown(checkpoint),
         "weights_file": weights_file.name,
-        # Of a checkpoint that is a folder: its `meta.pt` holds the sums of all its files.
-        "weights_sha256": sha256(weights_file / META if weights_file.is_dir() else weights_file),
+        "weights_sha256": weights_sha256(model),
         "git_revision": git_revision(),
         "versions": {"python": platform.python_version(), **package_versions()},
         "device": device_name(device),
-        "dtype": str(dtype).removeprefix("torch."),
-        "attention_backends": list(attention_backends),
-        "metrics": metric_definitions(sweep.image_sizes),
+        "dtype": str(next(model.parameters()).dtype).removeprefix("torch."),
+        "attention_backend": attention_backend,
+        "metrics": metric_definitions(encoded.image_sizes),
     }
 
 
@@ -63,6 +74,11 @@ def _shown(path: Path) -> str:
     """Relative to the working directory where it lies below: a report says nothing else about the machine's folders."""
     path, here = path.resolve(), Path.cwd()
     return str(path.relative_to(here) if path.is_relative_to(here) else path)
+
+
+def image_transform(data: Mapping[str, Any]) -> str | None:
+    """How the data module of a config makes images of `image_size`, in words; None if it does not say."""
+    return getattr(get_class(data["_target_"]), "transform", None)
 
 
 def metric_definitions(image_sizes: list[list[int]]) -> dict[str, Any]:
@@ -75,13 +91,12 @@ def metric_definitions(image_sizes: list[list[int]]) -> dict[str, Any]:
         "ssim_windows": windows,
         "ssim_borders": "reflected",
         "ssim_sigmas": [ssim_sigma(window) for window in windows],
-        "seconds_per_image": "decoding with the VAE; without the first batch where there are several",
+        "ms_ssim": f"five scales; null unless all images have at least {MIN_MS_SSIM_SIZE} pixels a side",
+        "ms_ssim_window": "11, sigma 1.5; borders left out, at the last scale reflected; negative parts count as zero",
+        "fid": "Fréchet distance of features to those of the same images as they were read; float64, squared",
+        "kid": "kernel (x·y / D + 1)^3, unbiased, mean over disjoint subsets; _se is the standard error of that mean",
+        "seconds_per_image": "decoding with the VAE, on one process; without its first batch where there are several",
     }
-
-
-def sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def device_name(device: torch.device) -> str:

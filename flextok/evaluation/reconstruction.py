@@ -1,19 +1,21 @@
-"""How close is a reconstruction to its image? PSNR, SSIM, MAE and MSE, one number per image, in float64.
+"""How close is a reconstruction to its image? PSNR, SSIM, MS-SSIM, MAE and MSE, one number per image, in float64.
 
 All of them compare images mapped from [-1, 1] to [0, 1] and clamped there; nothing is rounded to 8 bits.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from torch import Tensor
 
-METRICS = ("psnr", "ssim", "mae", "mse")
+METRICS = ("psnr", "ssim", "ms_ssim", "mae", "mse")
 # An exact copy has infinite PSNR, which neither a mean nor JSON can hold.
 PSNR_CAP = 100.0
+# Below, the window of 11 pixels does not fit the last of the five scales as torchmetrics wants it.
+MIN_MS_SSIM_SIZE = 176
 
 
-def image_metrics(reconstructions: Tensor, images: Tensor) -> dict[str, list[float]]:
+def image_metrics(reconstructions: Tensor, images: Tensor) -> dict[str, list[float] | None]:
     """Metrics of every image of a batch.
 
     Args:
@@ -21,7 +23,7 @@ def image_metrics(reconstructions: Tensor, images: Tensor) -> dict[str, list[flo
         images: `[B, 3, H, W]` in [-1, 1].
 
     Returns:
-        For each name in `METRICS` a list of B numbers.
+        For each name in `METRICS` a list of B numbers; None for `ms_ssim` of images below `MIN_MS_SSIM_SIZE`.
     """
     if reconstructions.shape != images.shape:
         raise ValueError(
@@ -33,6 +35,7 @@ def image_metrics(reconstructions: Tensor, images: Tensor) -> dict[str, list[flo
     return {
         "psnr": [psnr_of_mse(value) for value in mse.tolist()],
         "ssim": ssim(ours, truth).tolist(),
+        "ms_ssim": None if min(truth.shape[-2:]) < MIN_MS_SSIM_SIZE else ms_ssim(ours, truth).tolist(),
         "mae": difference.abs().mean(dim=1).tolist(),
         "mse": mse.tolist(),
     }
@@ -83,24 +86,28 @@ def ssim(reconstructions: Tensor, images: Tensor) -> Tensor:
     return values.reshape(len(images))
 
 
-class MetricTable:
-    """Collects the numbers of every image; the order of the images does not change the summary."""
+def ms_ssim(reconstructions: Tensor, images: Tensor) -> Tensor:
+    """Structural similarity at five scales of `[B, 3, H, W]` images in [0, 1]: `[B]`; negative parts count as zero."""
+    from torchmetrics.functional.image import multiscale_structural_similarity_index_measure
 
-    def __init__(self) -> None:
-        self._values: dict[str, list[float]] = {name: [] for name in METRICS}
+    values = multiscale_structural_similarity_index_measure(
+        reconstructions, images, data_range=1.0, reduction="none", normalize="relu"
+    )
+    return values.reshape(len(images))
 
-    def add(self, reconstructions: Tensor, images: Tensor) -> None:
-        for name, values in image_metrics(reconstructions, images).items():
-            self._values[name].extend(values)
 
-    def summary(self) -> dict[str, float | None]:
-        """Mean and standard error (`<name>_se`) of each metric, and `psnr_of_mean_mse`."""
-        row: dict[str, float | None] = {}
-        for name, values in self._values.items():
-            row[name], row[f"{name}_se"] = mean_and_error(values)
-        assert row["mse"] is not None
-        row["psnr_of_mean_mse"] = psnr_of_mse(row["mse"])
-        return row
+def summarize(numbers: Mapping[str, Sequence[float]]) -> dict[str, float | None]:
+    """Mean and standard error (`<name>_se`) of the numbers of each image, and `psnr_of_mean_mse`.
+
+    One image without a number (NaN), such as one that is too small, leaves None for all. Their order changes nothing.
+    """
+    row: dict[str, float | None] = {}
+    for name, values in numbers.items():
+        known = not any(math.isnan(value) for value in values)
+        row[name], row[f"{name}_se"] = mean_and_error(values) if known else (None, None)
+    assert row["mse"] is not None
+    row["psnr_of_mean_mse"] = psnr_of_mse(row["mse"])
+    return row
 
 
 def mean_and_error(values: Sequence[float]) -> tuple[float, float | None]:

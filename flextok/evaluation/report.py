@@ -1,4 +1,4 @@
-"""Write what was found: `metrics.json`, `metrics.csv`, `rate_distortion.png`, `grid.png`, and a table."""
+"""Write what was found: numbers as JSON, CSV and Parquet, pictures, and a table."""
 
 import csv
 import json
@@ -8,6 +8,11 @@ from typing import Any
 
 from torch import Tensor
 
+from flextok.evaluation.grid import tokens_label
+from flextok.evaluation.html_report import write_html
+from flextok.evaluation.pictures import as_floats
+from flextok.evaluation.plot import curves_of, rate_distortion
+from flextok.evaluation.points import text as key_text
 from flextok.evaluation.reconstruction import PSNR_CAP
 from flextok.evaluation.sweep import SweepResult
 from flextok.pictures import image_grid, save_image
@@ -15,6 +20,10 @@ from flextok.utils.checkpoint import atomic_path
 
 TABLE_COLUMNS = {
     "keep_k": ("keep_k", "{:d}"),
+    "steps": ("steps", "{:d}"),
+    "guidance_scale": ("guidance", "{:g}"),
+    "form": ("form", "{}"),
+    "backend": ("backend", "{}"),
     "bits_per_image": ("bits", "{:.1f}"),
     "psnr": ("PSNR dB", "{:.2f}"),
     "psnr_se": ("± se", "{:.2f}"),
@@ -23,6 +32,10 @@ TABLE_COLUMNS = {
     "mse": ("MSE", "{:.5f}"),
     "seconds_per_image": ("s/image", "{:.4f}"),
 }
+# Columns that say which curve a row is of; shown where there are several.
+AXES = ("steps", "guidance_scale", "form", "backend")
+# Metrics that not every evaluation has.
+MORE_COLUMNS = {"ms_ssim": "{:.4f}", "fid_": "{:.3f}", "kid_": "{:.5f}"}
 
 
 def write_report(sweep: SweepResult, protocol: Mapping[str, Any], folder: Path) -> dict[str, Any]:
@@ -30,17 +43,20 @@ def write_report(sweep: SweepResult, protocol: Mapping[str, Any], folder: Path) 
 
     `metrics.json` is written last: where it exists, the other files belong to it.
     """
-    from flextok.evaluation.plot import plot_rate_distortion
-
     metrics = {
         "protocol": dict(protocol),
         "results": sweep.results,
-        "vae": sweep.vae,
-        "tokens": sweep.tokens,
+        "vae": sweep.encoded.vae,
+        "tokens": sweep.encoded.tokens,
     }
     write_csv(sweep.results, folder / "metrics.csv")
-    plot_rate_distortion(sweep.results, sweep.vae, folder / "rate_distortion.png")
-    save_image(image_grid(grid_rows(sweep)), folder / "grid.png")
+    write_parquet(sweep, folder / "results.parquet")
+    figure = rate_distortion(curves_of(sweep.results), sweep.encoded.vae, ("psnr", "ssim"))
+    with atomic_path(folder / "rate_distortion.png") as temporary:
+        figure.savefig(temporary, dpi=150, format="png")
+    grid = image_grid(grid_rows(sweep))
+    save_image(grid, folder / "grid.png")
+    write_html(sweep, metrics, table_cells(metrics), grid, folder / "report.html")
     with atomic_path(folder / "metrics.json") as temporary:
         # NaN and infinity are no JSON; better to fail here than in the reader.
         temporary.write_text(json.dumps(metrics, indent=2, allow_nan=False) + "\n", encoding="utf-8")
@@ -48,30 +64,48 @@ def write_report(sweep: SweepResult, protocol: Mapping[str, Any], folder: Path) 
 
 
 def write_csv(results: Sequence[Mapping[str, Any]], path: Path) -> None:
-    """One line per `keep_k`, the columns of `results` in `metrics.json`; what is unknown stays empty."""
+    """One line per point, the columns of `results` in `metrics.json`; what is unknown stays empty."""
     with atomic_path(path) as temporary, temporary.open("w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, fieldnames=list(results[0]), lineterminator="\n")
         writer.writeheader()
         writer.writerows(results)
 
 
+def write_parquet(sweep: SweepResult, path: Path) -> None:
+    """One row per point and image, in the order of points and keys: what a point is, the image, its metrics.
+
+    The same numbers give the same bytes.
+    """
+    import pyarrow as pa
+    from pyarrow import parquet
+
+    encoded = sweep.encoded
+    images = {"key": [key_text(key) for key in encoded.keys], "image_sha256": encoded.sums}
+    tables = []
+    for point, numbers in zip(sweep.points, sweep.numbers, strict=True):
+        axes = {name: [value] * len(encoded.keys) for name, value in point.columns.items()}
+        metrics = {name: pa.array(values, pa.float64(), from_pandas=True) for name, values in numbers.per_image.items()}
+        tables.append(pa.table({**axes, **images, **metrics}))
+    with atomic_path(path) as temporary:
+        parquet.write_table(pa.concat_tables(tables), temporary)
+
+
 def grid_rows(sweep: SweepResult) -> dict[str, Tensor]:
-    """Labelled rows of the picture: original, VAE reconstruction, then every `keep_k`."""
-    quality = f"{sweep.vae['psnr']:.1f} dB" if sweep.vae["psnr"] < PSNR_CAP else "lossless"
-    rows = {"original": sweep.originals, f"VAE only\n{quality}": sweep.vae_reconstructions}
-    for result in sweep.results:
-        keep_k = result["keep_k"]
-        label = f"{keep_k} token{'s' if keep_k > 1 else ''}\n{result['psnr']:.1f} dB"
-        rows[label] = sweep.reconstructions[keep_k]
+    """Labelled rows of the picture, `[N, 3, H, W]` in [-1, 1]: original, VAE reconstruction, then every point."""
+    encoded = sweep.encoded
+    quality = f"{encoded.vae['psnr']:.1f} dB" if encoded.vae["psnr"] < PSNR_CAP else "lossless"
+    rows = {"original": as_floats(encoded.originals), f"VAE only\n{quality}": as_floats(encoded.vae_reconstructions)}
+    curves = {point.curve for point in sweep.points}
+    for point, result, pictures in zip(sweep.points, sweep.results, sweep.pictures, strict=True):
+        curve = [point.curve.label] if len(curves) > 1 else []
+        rows["\n".join([tokens_label(point.keep_k), f"{result['psnr']:.1f} dB", *curve])] = as_floats(pictures.first)
     return rows
 
 
 def format_table(metrics: Mapping[str, Any]) -> str:
-    """The results as aligned text, one line per `keep_k`, then the VAE alone and the token statistics."""
-    lines = [[title for title, _ in TABLE_COLUMNS.values()]]
-    for result in [*metrics["results"], {"keep_k": "VAE", **metrics["vae"]}]:
-        lines.append([_cell(result.get(name), form) for name, (_, form) in TABLE_COLUMNS.items()])
-    widths = [max(len(line[column]) for line in lines) for column in range(len(TABLE_COLUMNS))]
+    """The results as aligned text, one line per point, then the VAE alone, token statistics, what is missing."""
+    lines = table_cells(metrics)
+    widths = [max(len(line[column]) for line in lines) for column in range(len(lines[0]))]
     table = ["  ".join(cell.rjust(width) for cell, width in zip(line, widths, strict=True)) for line in lines]
     tokens = metrics["tokens"]
     summary = (
@@ -79,7 +113,32 @@ def format_table(metrics: Mapping[str, Any]) -> str:
         f"of {tokens['codebook_size']}, perplexity {tokens['perplexity']:.1f}, "
         f"entropy {tokens['entropy_bits_mean']:.2f} of {tokens['bits_per_token']:.2f} bits per token"
     )
-    return "\n".join([*table, summary]) + "\n"
+    reasons = metrics["vae"].get("missing")
+    return "\n".join([*table, summary, *([f"missing: {reasons}"] if reasons else [])]) + "\n"
+
+
+def table_cells(metrics: Mapping[str, Any]) -> list[list[str]]:
+    """The results as text: a header, one line per point, the VAE alone."""
+    columns = {name: column for name, column in TABLE_COLUMNS.items() if name not in AXES or _varies(metrics, name)}
+    columns |= _more_columns(metrics)
+    lines = [[title for title, _ in columns.values()]]
+    for result in [*metrics["results"], {"keep_k": "VAE", **metrics["vae"]}]:
+        lines.append([_cell(result.get(name), form) for name, (_, form) in columns.items()])
+    return lines
+
+
+def _varies(metrics: Mapping[str, Any], name: str) -> bool:
+    return len({result.get(name) for result in metrics["results"]}) > 1
+
+
+def _more_columns(metrics: Mapping[str, Any]) -> dict[str, tuple[str, str]]:
+    forms = MORE_COLUMNS | dict.fromkeys(metrics["protocol"]["distances"], "{:.4f}")
+    known = {name: form for name in metrics["vae"] for start, form in forms.items() if name.startswith(start)}
+    return {
+        name: (name, form)
+        for name, form in known.items()
+        if metrics["vae"][name] is not None and not name.endswith("_se")
+    }
 
 
 def _cell(value: Any, form: str) -> str:

@@ -1,29 +1,44 @@
 """Evaluate one model on one split, from the config to the report."""
 
 import logging
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 
-from flextok.attention.engine import record_backends
+from flextok.evaluation.encoding import encode_split
+from flextok.evaluation.grid import check_forms, make_grid
+from flextok.evaluation.images import Batches
+from flextok.evaluation.judges import build_judges
+from flextok.evaluation.points import PointStore, fingerprint
+from flextok.evaluation.processes import joined_processes, of_first_process
 from flextok.evaluation.protocol import build_protocol
 from flextok.evaluation.report import write_report
 from flextok.evaluation.settings import EvaluationSettings, resolve_keep_ks
 from flextok.evaluation.source import ModelSource, find_source
-from flextok.evaluation.sweep import run_sweep
+from flextok.evaluation.sweep import run_points
 from flextok.model.trunks.transformers import set_attention_backend
+
+if TYPE_CHECKING:
+    from flextok.data.datamodule import ImageDataModule
 
 logger = logging.getLogger(__name__)
 
 
 def run(config: DictConfig) -> tuple[dict[str, Any], Path]:
-    """Evaluate as `configs/eval.yaml` says; returns the content of `metrics.json` and the folder it is in."""
+    """Evaluate as `configs/eval.yaml` says; returns the content of `metrics.json` and the folder it is in.
+
+    Processes that `torchrun` started share the work, and all of them get the result.
+    """
     settings = EvaluationSettings.from_mapping(_plain(config.evaluation))
-    device = pick_device(settings.device)
+    with joined_processes(pick_device(settings.device)) as device:
+        return _run(config, settings, device)
+
+
+def _run(config: DictConfig, settings: EvaluationSettings, device: torch.device) -> tuple[dict[str, Any], Path]:
     if OmegaConf.is_missing(config, "checkpoint") or not isinstance(config.checkpoint, str):
         raise ValueError("checkpoint: missing; give checkpoint=<run folder, .ckpt, .safetensors or latest>")
     source = find_source(config.checkpoint, runs=Path(config.paths.runs))
@@ -33,22 +48,30 @@ def run(config: DictConfig) -> tuple[dict[str, Any], Path]:
     logger.info("evaluating %s on split %s", source.path, settings.split)
 
     model, weights = source.load(weights=settings.weights)
-    resolve_keep_ks(settings.keep_ks, model.num_registers)
+    keep_ks = resolve_keep_ks(settings.keep_ks, model.num_registers)
+    check_forms(model, settings)
+    batches = open_split(data, settings.split)
+    judges = build_judges(settings, lambda: batches, device)
     set_attention_backend(model, config.attention.backend)
-    with record_backends() as backends:
-        sweep = run_sweep(model, open_split(data, settings.split), settings, device=device)
+    encoded = encode_split(model, batches, settings, device=device, judges=judges)
     protocol = build_protocol(
-        sweep=sweep,
+        encoded=encoded,
+        keep_ks=keep_ks,
+        judges=judges,
         settings=settings,
         data=data,
         checkpoint=source.path,
         weights_file=source.weights_file,
         weights=weights,
+        model=model,
         device=device,
-        dtype=next(model.parameters()).dtype,
-        attention_backends=sorted(set(backends)),
+        attention_backend=config.attention.backend,
     )
-    return write_report(sweep, protocol, folder), folder
+    store = PointStore(folder / "points", fingerprint(protocol, grid_images=settings.grid_images), encoded.keys)
+    points = make_grid(settings, keep_ks)
+    sweep = run_points(model, encoded, batches, points, settings, device=device, judges=judges, store=store)
+    protocol["attention_backends"] = sweep.attention_backends
+    return of_first_process(lambda: write_report(sweep, protocol, folder)), folder
 
 
 def data_config(override: Mapping[str, Any] | None, source: ModelSource, *, batch_size: int) -> dict[str, Any]:
@@ -86,14 +109,11 @@ def _integer(node: Any, field: str) -> int:
     return node if isinstance(node, int) and node > 0 else 0
 
 
-def open_split(data: Mapping[str, Any], split: str) -> Iterable[Mapping[str, Any]]:
-    """Batches of a split, built from the config of a data module."""
-    datamodule = instantiate(data, _convert_="all")
-    if split == "val":
-        datamodule.setup("validate")
-        return datamodule.val_dataloader()
-    datamodule.setup("test")
-    return datamodule.test_dataloader()
+def open_split(data: Mapping[str, Any], split: Literal["test", "val"]) -> Batches:
+    """This process' batches of a split, built from the config of a data module."""
+    datamodule: ImageDataModule = instantiate(data, _convert_="all")
+    datamodule.setup("validate" if split == "val" else "test")
+    return datamodule.whole_batches(split)
 
 
 def pick_device(name: str) -> torch.device:

@@ -3,22 +3,21 @@
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
+from flextok.attention.engine import BackendChoice
+from flextok.evaluation.reconstruction import METRICS
 from flextok.flow_matching.sampling import check_sampling
 from flextok.model.keep_k import default_keep_ks
 
 SPLITS = ("test", "val")
 WEIGHTS = ("ema", "raw")
-# Those that are called here as in `FlexTok.decode`.
-SAMPLING_OPTIONS = (
-    "sampler",
-    "timestep_shift",
-    "guidance_scale",
-    "perform_norm_guidance",
-    "guidance_interval",
-    "guidance_every",
+# Names of columns that no network may take; every metric has `<name>_se` beside it.
+OTHER_COLUMNS = (
+    *("keep_k", "steps", "guidance_scale", "form", "backend", "key", "image_sha256"),
+    *("bits_per_image", "seconds_per_image", "psnr_of_mean_mse", "missing"),
 )
+FORMS = ("attention_mask", "packed")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,11 +26,11 @@ class EvaluationSettings:
 
     num_images: int | None
     split: Literal["test", "val"]
-    keep_ks: tuple[int, ...] | None
-    steps: int
+    keep_ks: tuple[Any, ...] | None  # checked by `resolve_keep_ks`, when the model is known
+    steps: tuple[int, ...]
     sampler: str
     timestep_shift: float
-    guidance_scale: float
+    guidance_scale: tuple[float, ...]
     perform_norm_guidance: bool
     guidance_interval: tuple[float, float]
     guidance_every: int
@@ -39,7 +38,17 @@ class EvaluationSettings:
     batch_size: int
     seed: int
     grid_images: int
+    forms: tuple[str, ...] | None
+    backends: tuple[str, ...] | None
+    resume: bool
     device: str
+    features: dict[str, dict[str, Any]]
+    distances: dict[str, dict[str, Any]]
+    kid_subsets: int
+    kid_subset_size: int
+    reference_cache: str
+    import_references: str | None
+    export_references: str | None
 
     @classmethod
     def from_mapping(cls, values: Mapping[str, Any]) -> "EvaluationSettings":
@@ -52,19 +61,18 @@ class EvaluationSettings:
         if missing:
             raise ValueError(f"evaluation.{missing[0]}: missing; needed are {', '.join(names)}")
         _check_options(values)
-        keep_ks = values["keep_ks"]
-        if keep_ks is not None:
-            # A single number is what `evaluation.keep_ks=4` on a command line gives.
-            keep_ks = tuple(keep_ks) if isinstance(keep_ks, Sequence) else (keep_ks,)
         low, high = values["guidance_interval"]
         # A whole number is what a command line gives for one that happens to be whole.
-        numbers = {name: float(values[name]) for name in ("timestep_shift", "guidance_scale")}
-        interval = (float(low), float(high))
-        return cls(**{**values, **numbers, "keep_ks": keep_ks, "guidance_interval": interval})
-
-    def decode_options(self) -> dict[str, Any]:
-        """How to sample, as the arguments of `FlexTok.decode`."""
-        return {"timesteps": self.steps} | {name: getattr(self, name) for name in SAMPLING_OPTIONS}
+        typed: dict[str, Any] = {
+            "timestep_shift": float(values["timestep_shift"]),
+            "guidance_interval": (float(low), float(high)),
+            "guidance_scale": tuple(sorted({float(scale) for scale in _listed(values["guidance_scale"])})),
+            "steps": tuple(sorted(set(_listed(values["steps"])))),
+        }
+        # Those of `keep_ks` are checked when the model is known.
+        for name in ("keep_ks", "forms", "backends"):
+            typed[name] = None if values[name] is None else tuple(_listed(values[name]))
+        return cls(**{**values, **typed})
 
 
 def resolve_keep_ks(keep_ks: Sequence[Any] | None, num_registers: int) -> list[int]:
@@ -88,21 +96,57 @@ def resolve_keep_ks(keep_ks: Sequence[Any] | None, num_registers: int) -> list[i
 def _check_options(values: Mapping[str, Any]) -> None:
     if values["num_images"] is not None:
         _require_int("num_images", values["num_images"], minimum=1)
-    for name, minimum in (("steps", 1), ("batch_size", 1), ("grid_images", 1), ("seed", 0)):
+    for name, minimum in (
+        *(("batch_size", 1), ("grid_images", 1), ("seed", 0)),
+        *(("kid_subsets", 1), ("kid_subset_size", 2)),
+    ):
         _require_int(name, values[name], minimum=minimum)
     _require_choice("split", values["split"], SPLITS)
     _require_choice("weights", values["weights"], WEIGHTS)
-    scale = values["guidance_scale"]
-    if isinstance(scale, bool) or not isinstance(scale, int | float) or not math.isfinite(scale):
-        raise ValueError(f"evaluation.guidance_scale={scale!r}: valid is a finite number, 1.0 is off")
-    if not isinstance(values["perform_norm_guidance"], bool):
-        raise ValueError(
-            f"evaluation.perform_norm_guidance={values['perform_norm_guidance']!r}: valid are true and false"
-        )
+    _check_axes(values)
+    for name in ("perform_norm_guidance", "resume"):
+        if not isinstance(values[name], bool):
+            raise ValueError(f"evaluation.{name}={values[name]!r}: valid are true and false")
     checked = ("sampler", "timestep_shift", "guidance_interval", "guidance_every")
     check_sampling(**{name: values[name] for name in checked}, prefix="evaluation.")
     if not isinstance(values["device"], str):
         raise ValueError(f"evaluation.device={values['device']!r}: valid is a name such as auto, cpu or cuda")
+    for name in ("reference_cache", "import_references", "export_references"):
+        if not isinstance(values[name], str) and (values[name] is not None or name == "reference_cache"):
+            raise ValueError(f"evaluation.{name}={values[name]!r}: valid is a folder")
+    for group in ("features", "distances"):
+        _check_networks(group, values[group])
+
+
+def _check_axes(values: Mapping[str, Any]) -> None:
+    """Those of which one or several values may be given."""
+    for name in ("steps", "guidance_scale", "forms", "backends"):
+        if values[name] is not None and not _listed(values[name]):
+            raise ValueError(f"evaluation.{name}={values[name]!r}: valid are one value or several")
+    for steps in _listed(values["steps"]):
+        _require_int("steps", steps, minimum=1)
+    for scale in _listed(values["guidance_scale"]):
+        if isinstance(scale, bool) or not isinstance(scale, int | float) or not math.isfinite(scale):
+            raise ValueError(f"evaluation.guidance_scale={scale!r}: valid are finite numbers, 1.0 is off")
+    for name, choices in (("forms", FORMS), ("backends", get_args(BackendChoice))):
+        for value in [] if values[name] is None else _listed(values[name]):
+            _require_choice(name, value, choices)
+
+
+def _listed(value: Any) -> list[Any]:
+    # A single value is what `evaluation.keep_ks=4` on a command line gives.
+    return list(value) if isinstance(value, Sequence) and not isinstance(value, str) else [value]
+
+
+def _check_networks(group: str, networks: object) -> None:
+    if not isinstance(networks, Mapping):
+        raise ValueError(f"evaluation.{group}={networks!r}: valid are networks by name, {{<name>: {{_target_: ...}}}}")
+    for name, config in networks.items():
+        # A name becomes a column of the results.
+        if not isinstance(name, str) or not name.isidentifier() or name in (*METRICS, *OTHER_COLUMNS):
+            raise ValueError(f"evaluation.{group}: {name!r} is no name for a network; valid are letters, digits and _")
+        if not isinstance(config, Mapping) or not isinstance(config.get("_target_"), str):
+            raise ValueError(f"evaluation.{group}.{name}={config!r}: valid is a config with a _target_")
 
 
 def _require_int(name: str, value: object, *, minimum: int) -> None:

@@ -1,105 +1,128 @@
-"""Encode every image once, decode it at every `keep_k`, and keep the numbers and a few pictures."""
+"""Decode all images at every point of a grid, point after point, and keep the numbers and a few pictures."""
 
 import logging
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor
 
-from flextok.evaluation.reconstruction import MetricTable
-from flextok.evaluation.settings import EvaluationSettings, resolve_keep_ks
-from flextok.evaluation.tokens import token_statistics
-from flextok.reconstruct import decode_latents, decode_tokens, encode_images
+from flextok.attention.engine import record_backends
+from flextok.data.samplers import rank_and_world_size
+from flextok.evaluation.encoding import EncodedSplit
+from flextok.evaluation.grid import Point, decode_options, prepare
+from flextok.evaluation.images import Batches
+from flextok.evaluation.judges import Judges, PointMetrics, summary_row
+from flextok.evaluation.pictures import Extremes, FirstImages, PointPictures
+from flextok.evaluation.points import PointNumbers, PointStore
+from flextok.evaluation.processes import joined, of_first_process
+from flextok.evaluation.progress import Progress
+from flextok.evaluation.settings import EvaluationSettings
+from flextok.reconstruct import decode_tokens
 
 logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True)
 class SweepResult:
-    """Numbers ready for JSON, and the pictures of the first images: rows of `[N, 3, H, W]` in [-1, 1]."""
+    """The encoded images, and for each point its numbers, a row of them ready for JSON, and its pictures."""
 
+    encoded: EncodedSplit
+    points: list[Point]
+    numbers: list[PointNumbers]
     results: list[dict[str, Any]]
-    vae: dict[str, Any]
-    tokens: dict[str, Any]
-    num_images: int
-    image_sizes: list[list[int]]
-    originals: Tensor
-    vae_reconstructions: Tensor
-    reconstructions: dict[int, Tensor]
+    pictures: list[PointPictures]
+
+    @property
+    def attention_backends(self) -> list[str]:
+        """All that answered anywhere."""
+        return sorted(self.encoded.attention_backends.union(*(point.attention_backends for point in self.numbers)))
 
 
 @torch.no_grad()
-def run_sweep(
-    model: Any, batches: Iterable[Mapping[str, Any]], settings: EvaluationSettings, *, device: torch.device
+def run_points(
+    model: Any,
+    encoded: EncodedSplit,
+    batches: Batches,
+    points: Sequence[Point],
+    settings: EvaluationSettings,
+    *,
+    device: torch.device,
+    judges: Judges,
+    store: PointStore,
 ) -> SweepResult:
-    """Evaluate `model` on batches of `{"image": [B, 3, H, W] in [-1, 1], "key": list of B names}`."""
-    keep_ks = resolve_keep_ks(settings.keep_ks, model.num_registers)
-    model.to(device).eval()
-    decode_options = settings.decode_options()
-    tables = {keep_k: MetricTable() for keep_k in keep_ks}
-    clocks = {keep_k: _Clock(device) for keep_k in keep_ks}
-    vae_table, tokens, sizes = MetricTable(), [], set()
-    pictures = _Pictures(settings.grid_images)
+    """Measure the points that are not in the store yet, or all of them without `settings.resume`; call on every rank.
 
-    num_images = 0
-    for images, keys in _first_images(batches, settings.num_images):
-        images = images.to(device)
-        encoded = encode_images(model, images, keys, seed=settings.seed)
-        tokens.append(torch.cat(encoded.tokens).cpu())
-        vae_images = decode_latents(model, encoded)
-        vae_table.add(vae_images, images)
-        pictures.add({"original": images, "vae": vae_images})
-        for keep_k in keep_ks:
-            with clocks[keep_k].measure(len(keys)):
-                decoded = decode_tokens(model, encoded, keep_k=keep_k, seed=settings.seed, **decode_options)
-            tables[keep_k].add(decoded, images)
-            pictures.add({keep_k: decoded})
-        sizes.add(tuple(images.shape[-2:]))
-        num_images += len(keys)
-        logger.info("evaluated %d images", num_images)
-    if num_images == 0:
-        raise ValueError(f"evaluation.split={settings.split!r}: this split holds no images")
-    if settings.num_images is not None and num_images < settings.num_images:
-        logger.warning("asked for %d images, the split holds %d", settings.num_images, num_images)
-
-    statistics = token_statistics(torch.cat(tokens), model.regularizer.codebook_size)
-    return SweepResult(
-        results=[
-            {
-                "keep_k": keep_k,
-                **tables[keep_k].summary(),
-                "bits_per_image": keep_k * statistics["bits_per_token"],
-                "seconds_per_image": clocks[keep_k].seconds_per_image(),
-            }
-            for keep_k in keep_ks
-        ],
-        vae=vae_table.summary(),
-        tokens=statistics,
-        num_images=num_images,
-        image_sizes=[list(size) for size in sorted(sizes)],
-        originals=pictures["original"],
-        vae_reconstructions=pictures["vae"],
-        reconstructions={keep_k: pictures[keep_k] for keep_k in keep_ks},
+    `batches` are those that were encoded, from the start each time they are iterated.
+    """
+    there = of_first_process(lambda: [settings.resume and store.has(point) for point in points])
+    missing = [point for point, is_there in zip(points, there, strict=True) if not is_there]
+    if len(missing) < len(points):
+        logger.info("%d of %d points were measured before", len(points) - len(missing), len(points))
+    progress = Progress(
+        [point.passes(settings.sampler) for point in missing],
+        sum(len(batch.keys) for batch in encoded.batches.values()),
+        num_processes=rank_and_world_size()[1],
     )
+    for point in missing:
+        measured = _measure(model, encoded, batches, point, settings, device, judges, progress.add)
+        of_first_process(partial(store.save, point, *measured))
+        progress.end_point(point.label)
+    # As they were stored, so that a sweep in several parts gives what one in one part gives.
+    numbers, pictures = of_first_process(
+        lambda: ([store.numbers(point) for point in points], [store.pictures(point) for point in points])
+    )
+    rows = [_row(point, found, encoded, judges) for point, found in zip(points, numbers, strict=True)]
+    return SweepResult(encoded=encoded, points=list(points), numbers=numbers, results=rows, pictures=pictures)
 
 
-def _first_images(batches: Iterable[Mapping[str, Any]], limit: int | None) -> Iterator[tuple[Tensor, Sequence[str]]]:
-    left = limit
-    for batch in batches:
-        images, keys = batch["image"], batch["key"]
-        take = len(images) if left is None else min(left, len(images))
-        yield images[:take], keys[:take]
-        left = None if left is None else left - take
-        if left == 0:
-            return
+def _measure(
+    model: Any,
+    encoded: EncodedSplit,
+    batches: Batches,
+    point: Point,
+    settings: EvaluationSettings,
+    device: torch.device,
+    judges: Judges,
+    tell: Callable[[int], None],
+) -> tuple[PointNumbers, PointPictures]:
+    prepare(model, point.curve)
+    options = decode_options(settings, point.curve)
+    metrics, clock = PointMetrics(judges, settings), _Clock(device)
+    first, extremes = FirstImages(settings.grid_images), Extremes()
+    with record_backends() as backends:
+        for number, images, batch in encoded.read_again(batches):
+            images = images.to(device)
+            batch = replace(batch, quants=[quants.to(device) for quants in batch.quants])
+            with clock.measure(len(batch.keys)):
+                decoded = decode_tokens(model, batch, keep_k=point.keep_k, seed=settings.seed, **options)
+            metrics.add(images, decoded, batch.keys)
+            first.add(number, decoded)
+            extremes.add(images, decoded, batch.keys, metrics.per_image["psnr"][-len(batch.keys) :])
+            tell(len(batch.keys))
+    numbers = PointNumbers(
+        per_image={name: encoded.in_order(values) for name, values in metrics.per_image.items()},
+        of_sets=metrics.of_sets(),
+        seconds_per_image=clock.seconds_per_image(),
+        attention_backends=sorted(set(joined(set(backends)))),
+    )
+    return numbers, PointPictures(first=first.of_all_processes(), extremes=extremes.of_all_processes())
+
+
+def _row(point: Point, numbers: PointNumbers, encoded: EncodedSplit, judges: Judges) -> dict[str, Any]:
+    return {
+        **point.columns,
+        **summary_row(numbers.per_image, numbers.of_sets, judges),
+        "bits_per_image": point.keep_k * encoded.tokens["bits_per_token"],
+        "seconds_per_image": numbers.seconds_per_image,
+    }
 
 
 class _Clock:
-    """Seconds per image; the first batch warms up and counts only where it is the only one."""
+    """Seconds per image and process; the first batch warms up and counts only where it is the only one."""
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
@@ -114,27 +137,10 @@ class _Clock:
         self._batches.append((time.perf_counter() - start, num_images))
 
     def seconds_per_image(self) -> float:
-        batches = self._batches[1:] or self._batches
+        """Of all processes; call it on every rank."""
+        batches = joined(self._batches[1:]) or joined(self._batches)
         return sum(seconds for seconds, _ in batches) / sum(count for _, count in batches)
 
     def _wait(self) -> None:
         if self._device.type == "cuda":
             torch.cuda.synchronize(self._device)
-
-
-class _Pictures:
-    """Keeps the first images of each row on the CPU; images of another size than the first do not fit."""
-
-    def __init__(self, limit: int) -> None:
-        self._limit = limit
-        self._rows: dict[str | int, list[Tensor]] = {}
-
-    def add(self, rows: Mapping[Any, Tensor]) -> None:
-        for name, images in rows.items():
-            kept = self._rows.setdefault(name, [])
-            for image in images[: self._limit - len(kept)]:
-                if not kept or image.shape == kept[0].shape:
-                    kept.append(image.detach().float().cpu())
-
-    def __getitem__(self, name: str | int) -> Tensor:
-        return torch.stack(self._rows[name])

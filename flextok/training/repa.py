@@ -15,8 +15,8 @@ from flextok.model.data_dict import DataDict
 from flextok.model.packed_list import PackedList
 
 # Mean and deviation of ImageNet's colours in [0, 1], with which DINOv2 was trained.
-_MEAN = (0.485, 0.456, 0.406)
-_STD = (0.229, 0.224, 0.225)
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+IMAGENET_STD = (0.229, 0.224, 0.225)
 
 FEATURES_KEY = "teacher_features"
 """Where a data dictionary has features that were computed in advance, `[1, rows, columns, width]` of each image."""
@@ -71,7 +71,7 @@ class FrozenTeacher:
         size = [cells * self.patch_size for cells in grid]
         if list(images.shape[-2:]) != size:
             images = F.interpolate(images, size, mode="bicubic", antialias=True).clamp(-1.0, 1.0)
-        mean, std = (images.new_tensor(values)[:, None, None] for values in (_MEAN, _STD))
+        mean, std = (images.new_tensor(values)[:, None, None] for values in (IMAGENET_MEAN, IMAGENET_STD))
         tokens = self.model(pixel_values=(images / 2 + 0.5 - mean) / std).last_hidden_state
         # The class token, and registers where there are any, come first.
         return tokens[:, -grid[0] * grid[1] :].unflatten(1, tuple(grid))

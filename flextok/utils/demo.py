@@ -1,6 +1,5 @@
 """Pictures in and out, for notebooks and examples. Images are `[batch, 3, height, width]` in [-1, 1]."""
 
-import io
 from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
@@ -17,14 +16,12 @@ def img_from_url(url: str, *, image_size: int = 256, timeout: float = 30.0) -> T
     """Download one picture, scale its shorter side to `image_size` and crop the centre: `[1, 3, image_size,
     image_size]`.
 
-    Raises ValueError for an address that is not http(s) and for data that is no picture, OSError if the
+    Raises ValueError for an address that is not http(s) and for data that is no JPEG, PNG or WebP, OSError if the
     download fails.
     """
     from urllib.request import Request, urlopen
 
-    from PIL import Image, UnidentifiedImageError
-
-    from flextok.data.transforms import resize_shorter_center_crop, to_rgb, to_tensor
+    from flextok.data.transforms import read_image, resize_shorter_center_crop, to_tensor
 
     if not url.lower().startswith(("http://", "https://")):
         raise ValueError(f"url: {url!r}; valid are addresses that begin with http:// or https://")
@@ -34,11 +31,7 @@ def img_from_url(url: str, *, image_size: int = 256, timeout: float = 30.0) -> T
         data = response.read(_MAX_BYTES + 1)
     if len(data) > _MAX_BYTES:
         raise ValueError(f"url: {url!r} holds more than {_MAX_BYTES:,} bytes")
-    try:
-        with Image.open(io.BytesIO(data)) as image:
-            return to_tensor(resize_shorter_center_crop(to_rgb(image), image_size))[None]
-    except UnidentifiedImageError as error:
-        raise ValueError(f"url: {url!r} is no picture") from error
+    return to_tensor(resize_shorter_center_crop(read_image(data, name=f"url: {url!r}"), image_size))[None]
 
 
 def imgs_from_urls(urls: Iterable[str], *, image_size: int = 256, timeout: float = 30.0) -> Tensor:

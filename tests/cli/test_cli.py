@@ -26,25 +26,6 @@ def line_of(table, name):
     return next(line.split() for line in table.splitlines() if line.startswith(f"{name} "))
 
 
-@pytest.fixture
-def run_folder(tmp_path):
-    """What training leaves behind, reduced to what an export reads; the averaged weights are the raw ones plus 1."""
-    from hydra.utils import instantiate
-
-    from flextok.config import compose
-    from flextok.training.ema import CHECKPOINT_KEY
-
-    cfg = compose([*TINY, "dropout=attention_mask"])
-    model_config = OmegaConf.to_container(cfg.model, resolve=True)
-    state = {f"model.{name}": tensor for name, tensor in instantiate(model_config).state_dict().items()}
-    averaged = {name: tensor + 1 for name, tensor in state.items() if tensor.is_floating_point()}
-    run = tmp_path / "run"
-    (run / "checkpoints").mkdir(parents=True)
-    OmegaConf.save(OmegaConf.create({"model": model_config}), run / "config.yaml")
-    torch.save({"state_dict": state, CHECKPOINT_KEY: {"weights": averaged}}, run / "checkpoints" / "last.ckpt")
-    return run
-
-
 def test_help_lists_the_commands_without_waiting_for_torch():
     program = (
         "import sys; from flextok.cli import main\n"
@@ -211,7 +192,7 @@ def test_an_exported_run_is_loaded_by_the_hub_class_and_the_loader(given, run_fo
     packer = load_metadata(out / "model.safetensors")["decoder"]["module_dict"]["dec_seq_packer"]
     assert "drop_masked" not in packer
     assert packer["pad_to_multiple"] == 128
-    assert sorted(path.name for path in out.iterdir()) == ["config.json", "model.safetensors"]
+    assert sorted(path.name for path in out.iterdir()) == ["README.md", "config.json", "model.safetensors"]
 
 
 def test_export_takes_the_averaged_weights_unless_told_otherwise(run_folder, tmp_path):

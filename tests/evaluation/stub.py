@@ -1,9 +1,18 @@
 """A tokenizer with the interface of FlexTok and no network: four tokens, one per quadrant of the image."""
 
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from types import SimpleNamespace
 
 import torch
 from torch import nn
+
+from flextok.evaluation.encoding import encode_split
+from flextok.evaluation.grid import make_grid
+from flextok.evaluation.judges import NO_JUDGES
+from flextok.evaluation.points import PointStore
+from flextok.evaluation.settings import EvaluationSettings, resolve_keep_ks
+from flextok.evaluation.sweep import run_points
 
 SETTINGS = {
     "num_images": None,
@@ -20,7 +29,17 @@ SETTINGS = {
     "batch_size": 4,
     "seed": 0,
     "grid_images": 3,
+    "forms": None,
+    "backends": None,
+    "resume": True,
     "device": "cpu",
+    "features": {},
+    "distances": {},
+    "kid_subsets": 10,
+    "kid_subset_size": 1000,
+    "reference_cache": "cache/references",
+    "import_references": None,
+    "export_references": None,
 }
 
 
@@ -67,6 +86,21 @@ class StubTokenizer(nn.Module):
             images.append(nn.functional.interpolate(quants.mT.unflatten(2, (2, 2)), size=(h, w)))
         data["rgb_reconst"] = images
         return data
+
+
+def run_sweep(model, batches, options, judges=NO_JUDGES, folder=None):
+    """Encode and measure at all points; what was measured stays in `folder`, if one is given."""
+    settings = options if isinstance(options, EvaluationSettings) else settings_with(**options)
+    device = torch.device("cpu")
+    with TemporaryDirectory() as temporary:
+        encoded = encode_split(model, batches, settings, device=device, judges=judges)
+        points = make_grid(settings, resolve_keep_ks(settings.keep_ks, model.num_registers))
+        store = PointStore(Path(folder or temporary), "points", encoded.keys)
+        return run_points(model, encoded, batches, points, settings, device=device, judges=judges, store=store)
+
+
+def settings_with(**options):
+    return EvaluationSettings.from_mapping({**SETTINGS, **options})
 
 
 def random_batches(num_images, batch_size, *, size=8, order=None):

@@ -4,42 +4,20 @@ import json
 import subprocess
 import sys
 
-import hydra
 import pytest
 import torch
 from omegaconf import OmegaConf
 
 from flextok.config import compose
+from flextok.evaluation.report import format_table
 from flextok.evaluation.run import run
 from flextok.evaluation.settings import EvaluationSettings
-from flextok.evaluation.sweep import run_sweep
-from flextok.utils.export import export_model
-from tests.evaluation.stub import SETTINGS, random_batches
+from tests.evaluation.networks import write_inception
+from tests.evaluation.stub import SETTINGS, random_batches, run_sweep
 from tests.support import REPOSITORY
 
-FILES = {"grid.png", "metrics.csv", "metrics.json", "rate_distortion.png"}
+FILES = {"grid.png", "metrics.csv", "metrics.json", "points", "rate_distortion.png", "report.html", "results.parquet"}
 QUICK = ("evaluation.num_images=3", "evaluation.steps=2", "evaluation.device=cpu", "evaluation.keep_ks=[2,16]")
-
-
-@pytest.fixture(scope="module")
-def config():
-    return compose(["model=tiny", "vae=pixel", "data=digits"])
-
-
-@pytest.fixture(scope="module")
-def model(config):
-    model = hydra.utils.instantiate(config.model, _convert_="all")
-    # Freshly made heads are zero: every image would come out the same.
-    generator = torch.Generator().manual_seed(3)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(0.05 * torch.randn(parameter.shape, generator=generator))
-    return model.eval()
-
-
-@pytest.fixture(scope="module")
-def export(model, config, tmp_path_factory):
-    return export_model(model, config.model, tmp_path_factory.mktemp("export"))
 
 
 @pytest.fixture
@@ -71,14 +49,77 @@ def test_neither_batch_size_nor_order_changes_the_numbers(model, guidance_scale)
     order = torch.randperm(8, generator=torch.Generator().manual_seed(1)).tolist()
     tables = []
     for batches in (random_batches(8, 1), random_batches(8, 7), random_batches(8, 3, order=order)):
-        result = run_sweep(model, batches, settings, device=torch.device("cpu"))
+        result = run_sweep(model, batches, settings)
         tables.append([[row[name] for name in ("psnr", "ssim", "mae", "mse")] for row in result.results])
-        tokens = result.tokens
+        tokens = result.encoded.tokens
         assert tokens["codes_used"] > 1
     expected = torch.tensor(tables[0], dtype=torch.float64)
     assert len({tuple(row) for row in tables[0]}) == 3, "keep_k changes nothing: this test would prove nothing"
     for table in tables[1:]:
         torch.testing.assert_close(torch.tensor(table, dtype=torch.float64), expected, rtol=0, atol=1e-5)
+
+
+def networks(teacher_folder, folder):
+    """Overrides for a DINOv2, an Inception and a module, all tiny, with a cache of their own."""
+    return (
+        "evaluation/features=[inception,dinov2]",
+        f"evaluation.features.inception.path={write_inception(folder / 'inception.pt')}",
+        f"evaluation.features.dinov2.path={teacher_folder}",
+        "evaluation.features.dinov2.image_size=16",
+        "+evaluation.features.mine={_target_: tests.evaluation.networks.Pooled}",
+        "+evaluation.distances.largest={_target_: tests.evaluation.networks.LargestDifference}",
+        f"paths.cache={folder / 'cache'}",
+    )
+
+
+def test_two_evaluations_at_different_batch_sizes_give_the_same_numbers(export, teacher_folder, tmp_path):
+    fixed = (f"checkpoint={export}", "data=digits", "evaluation.num_images=40", f"output_dir={tmp_path / 'out'}")
+    given = networks(teacher_folder, tmp_path)
+    found = [
+        evaluate(*fixed, *given, f"evaluation.batch_size={size}", f"paths.cache={tmp_path / str(size)}")[0]
+        for size in (40, 7)
+    ]
+    names = [f"{kind}_{name}" for kind in ("fid", "kid") for name in ("inception", "dinov2", "mine")]
+    for ours, theirs in zip(*(numbers(metrics)["results"] for metrics in found), strict=True):
+        assert ours == {name: pytest.approx(value, abs=1e-5) for name, value in theirs.items()}
+        assert all(ours[name] is not None for name in (*names, "largest"))
+    first, second = (metrics["protocol"] | {"batch_size": None, "data": None} for metrics in found)
+    assert first == second
+
+
+def test_the_protocol_says_all_that_a_number_depends_on(export, teacher_folder, tmp_path):
+    given = (f"checkpoint={export}", "data=digits", f"output_dir={tmp_path / 'out'}")
+    metrics, folder = evaluate(*given, *networks(teacher_folder, tmp_path), "evaluation.num_images=40")
+    protocol = json.loads((folder / "metrics.json").read_text())["protocol"]
+    assert protocol["split"] == "test"
+    assert protocol["num_images"] == 40
+    assert protocol["transform"].startswith("8 x 8 pixels")
+    assert set(protocol["features"]) == {"inception", "dinov2", "mine"}
+    assert protocol["features"]["dinov2"]["image_size"] == 16
+    assert protocol["kid_subset_size"] == 1000
+    known = protocol["networks"]["features.dinov2"]
+    assert known["num_features"] == 16
+    assert known["covariance_is_singular"] is False
+    assert known["references"] == {
+        "images_sha256": protocol["images_sha256"],
+        "num_images": 40,
+        "sample_size": 10_000,
+    }
+    assert len(known["extractor_sha256"]) == len(protocol["images_sha256"]) == 64
+    assert "16 x 16" in known["extractor_transform"]
+    names = {"steps", "guidance_scale", "weights", "seed", "weights_sha256", "git_revision", "import_references"}
+    assert names <= protocol.keys()
+    assert set(protocol["networks"]) == {"features.inception", "features.dinov2", "features.mine", "distances.largest"}
+
+
+def test_missing_weights_are_said_in_the_table_and_everything_else_is_reported(export, tmp_path):
+    given = ("data=digits", "evaluation/features=inception", "evaluation/distances=lpips", "paths.weights=nowhere")
+    metrics, _ = evaluate(f"checkpoint={export}", f"output_dir={tmp_path}", *given)
+    text = format_table(metrics)
+    for file in ("inception-2015-12-05.pt", "alexnet-owt-7be5be79.pth"):
+        assert f"nowhere/{file} does not exist; put https://" in text
+        assert any(file in known["missing"] for known in metrics["protocol"]["networks"].values())
+    assert all(row["psnr"] is not None and row["fid_inception"] is None for row in metrics["results"])
 
 
 def test_eval_py_reports_on_an_exported_model(export, tmp_path):

@@ -6,14 +6,18 @@ import numpy as np
 import pytest
 import torch
 
+from flextok.evaluation.judges import NO_JUDGES, PointMetrics
 from flextok.evaluation.reconstruction import (
+    MIN_MS_SSIM_SIZE,
     PSNR_CAP,
-    MetricTable,
     image_metrics,
     mean_and_error,
+    ms_ssim,
     ssim_sigma,
     ssim_window,
+    summarize,
 )
+from tests.evaluation.stub import settings_with
 
 
 def numpy_ssim(x, y, window):
@@ -96,9 +100,68 @@ def test_mean_and_standard_error():
 
 
 def test_mean_of_psnr_and_psnr_of_mean_are_both_reported():
-    table = MetricTable()
     truth = -torch.ones(2, 3, 8, 8)
-    table.add(truth + torch.tensor([0.2, 2.0]).view(2, 1, 1, 1), truth)
-    row = table.summary()
+    metrics = image_metrics(truth + torch.tensor([0.2, 2.0]).view(2, 1, 1, 1), truth)
+    row = summarize({name: values for name, values in metrics.items() if values is not None})
     assert row["psnr"] == pytest.approx((20.0 + 0.0) / 2, abs=1e-5)
     assert row["psnr_of_mean_mse"] == pytest.approx(-10 * math.log10((0.01 + 1) / 2), abs=1e-5)
+
+
+# --- several scales ---------------------------------------------------------------------------------------------------
+
+
+def numpy_ms_ssim(x, y):
+    """Wang et al. (2003): contrast and structure at five scales, luminance at the last; `[C, H, W]` in [0, 1].
+
+    As in torchmetrics windows lie inside of the image, but at the last scale borders are reflected.
+    """
+    line = np.exp(-((np.arange(11) - 5) ** 2) / (2 * 1.5**2))
+    line /= line.sum()
+
+    def blur(image):
+        image = np.apply_along_axis(np.convolve, 1, image, line, "valid")
+        return np.apply_along_axis(np.convolve, 2, image, line, "valid")
+
+    product, c1, c2 = 1.0, 0.01**2, 0.03**2
+    weights = (0.0448, 0.2856, 0.3001, 0.2363, 0.1333)
+    for scale, weight in enumerate(weights):
+        if scale == 4:
+            x, y = (np.pad(z, [(0, 0), (5, 5), (5, 5)], mode="reflect") for z in (x, y))
+        mx, my = blur(x), blur(y)
+        vx, vy, cov = blur(x * x) - mx**2, blur(y * y) - my**2, blur(x * y) - mx * my
+        similarity = (2 * cov + c2) / (vx + vy + c2)
+        if scale == 4:
+            similarity = similarity * (2 * mx * my + c1) / (mx**2 + my**2 + c1)
+        else:
+            x, y = (z.reshape(3, z.shape[1] // 2, 2, z.shape[2] // 2, 2).mean((2, 4)) for z in (x, y))
+        product *= max(0.0, similarity.mean()) ** weight
+    return product
+
+
+def test_ms_ssim_is_that_of_the_paper():
+    images, reconstructions = pair(192)
+    metrics = image_metrics(reconstructions, images)
+    x = np.clip((images.numpy().astype(np.float64) + 1) / 2, 0, 1)
+    y = np.clip((reconstructions.numpy().astype(np.float64) + 1) / 2, 0, 1)
+    for i in range(2):
+        assert metrics["ms_ssim"][i] == pytest.approx(numpy_ms_ssim(x[i], y[i]), abs=1e-6)
+
+
+def test_ms_ssim_of_one_image_does_not_know_the_others():
+    images, reconstructions = ((x.double() + 1) / 2 for x in pair(MIN_MS_SSIM_SIZE))
+    together = ms_ssim(reconstructions, images)
+    assert [float(ms_ssim(r[None], x[None])) for r, x in zip(reconstructions, images, strict=True)] == together.tolist()
+    assert ms_ssim(images, images).tolist() == pytest.approx([1.0, 1.0])
+
+
+def test_images_that_are_too_small_have_no_ms_ssim_and_leave_it_without_a_mean():
+    size = MIN_MS_SSIM_SIZE
+    small, large = torch.zeros(1, 3, size - 1, size), torch.zeros(1, 3, size, size)
+    assert image_metrics(small, small)["ms_ssim"] is None
+    metrics = PointMetrics(NO_JUDGES, settings_with())
+    metrics.add(large, large, ["large"])
+    assert summarize(metrics.per_image)["ms_ssim"] == pytest.approx(1)
+    metrics.add(small, small, ["small"])
+    row = summarize(metrics.per_image)
+    assert (row["ms_ssim"], row["ms_ssim_se"]) == (None, None)
+    assert row["ssim"] == pytest.approx(1)

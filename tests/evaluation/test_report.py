@@ -1,6 +1,7 @@
 """The files of a report: their schema, their pictures, and that none of them is ever half written."""
 
 import csv
+import hashlib
 import json
 
 import numpy as np
@@ -8,37 +9,39 @@ import pytest
 import torch
 from PIL import Image
 
+from flextok.evaluation.judges import NO_JUDGES
 from flextok.evaluation.protocol import build_protocol
 from flextok.evaluation.report import format_table, write_report
 from flextok.evaluation.settings import EvaluationSettings
-from flextok.evaluation.sweep import run_sweep
 from flextok.pictures import image_grid, save_image, tile_size
-from tests.evaluation.stub import SETTINGS, StubTokenizer, random_batches
+from tests.evaluation.stub import SETTINGS, StubTokenizer, random_batches, run_sweep
 
-FILES = ["grid.png", "metrics.csv", "metrics.json", "rate_distortion.png"]
+DIGITS = {"_target_": "flextok.data.digits.DigitsDataModule"}
+FILES = ["grid.png", "metrics.csv", "metrics.json", "rate_distortion.png", "report.html", "results.parquet"]
 
 
 @pytest.fixture
 def report(tmp_path):
     settings = EvaluationSettings.from_mapping(SETTINGS)
-    sweep = run_sweep(StubTokenizer(), random_batches(6, 4), settings, device=torch.device("cpu"))
+    sweep = run_sweep(StubTokenizer(), random_batches(6, 4), settings)
     weights = tmp_path / "model.safetensors"
-    weights.write_bytes(b"abc")
     protocol = build_protocol(
-        sweep=sweep,
+        encoded=sweep.encoded,
+        keep_ks=[1, 2, 4],
+        judges=NO_JUDGES,
         settings=settings,
-        data={"_target_": "digits"},
+        data=DIGITS,
         checkpoint=weights,
         weights_file=weights,
         weights="as exported",
+        model=StubTokenizer(),
         device=torch.device("cpu"),
-        dtype=torch.float32,
-        attention_backends=["sdpa"],
+        attention_backend="auto",
     )
     return write_report(sweep, protocol, tmp_path / "evaluation"), tmp_path / "evaluation"
 
 
-def test_a_report_is_four_files(report):
+def test_a_report_is_six_files(report):
     assert sorted(path.name for path in report[1].iterdir()) == FILES
 
 
@@ -58,9 +61,9 @@ def test_the_protocol_says_how_the_numbers_came_about(report):
     assert protocol["num_images"] == 6
     assert protocol["image_sizes"] == [[8, 8]]
     assert protocol["keep_ks"] == [1, 2, 4]
-    assert protocol["data"] == {"_target_": "digits"}
-    # printf abc | sha256sum
-    assert protocol["weights_sha256"].startswith("ba7816bf8f01cfea")
+    assert protocol["data"] == DIGITS
+    # Its one weight is a zero.
+    assert protocol["weights_sha256"] == hashlib.sha256(b"weight" + bytes(4)).hexdigest()
     assert protocol["versions"]["torch"].startswith("2.")
     assert (protocol["device"], protocol["dtype"]) == ("cpu", "float32")
     assert protocol["metrics"]["ssim_windows"] == [5]
@@ -79,6 +82,18 @@ def test_the_table_has_one_line_per_keep_k_and_the_vae(report):
     assert [line.split()[0] for line in lines[1:5]] == ["1", "2", "4", "VAE"]
     assert len({len(line) for line in lines[:5]}) == 1
     assert "6 images" in lines[5]
+
+
+def test_the_table_shows_the_metrics_that_were_asked_for_and_says_what_is_missing(report):
+    metrics = json.loads(json.dumps(report[0]))
+    metrics["protocol"]["distances"] = {"lpips": {}}
+    for row in (*metrics["results"], metrics["vae"]):
+        row |= {"fid_dinov2": 3.14159, "kid_dinov2": 0.01, "kid_dinov2_se": 0.001, "lpips": None, "lpips_se": None}
+        row["missing"] = "lpips, lpips_se: there is no file"
+    header, *lines = format_table(metrics).splitlines()
+    assert header.split()[-2:] == ["fid_dinov2", "kid_dinov2"]
+    assert all(line.split()[-2:] == ["3.142", "0.01000"] for line in lines[:4])
+    assert lines[-1] == "missing: lpips, lpips_se: there is no file"
 
 
 def test_the_grid_holds_a_tile_per_row_and_image(report):
@@ -118,9 +133,8 @@ def test_rows_of_a_grid_share_one_shape(rows, tmp_path):
         image_grid(rows)
 
 
-def test_numbers_that_are_no_json_leave_no_metrics(tmp_path):
-    settings = EvaluationSettings.from_mapping(SETTINGS)
-    sweep = run_sweep(StubTokenizer(), random_batches(2, 2), settings, device=torch.device("cpu"))
+def test_numbers_that_are_no_json_leave_no_metrics(report, tmp_path):
+    sweep = run_sweep(StubTokenizer(), random_batches(2, 2), {})
     with pytest.raises(ValueError, match="JSON"):
-        write_report(sweep, {"num_images": float("nan")}, tmp_path)
-    assert sorted(path.name for path in tmp_path.iterdir()) == [n for n in FILES if n != "metrics.json"]
+        write_report(sweep, {**report[0]["protocol"], "num_images": float("nan")}, tmp_path / "no")
+    assert sorted(path.name for path in (tmp_path / "no").iterdir()) == [n for n in FILES if n != "metrics.json"]

@@ -5,6 +5,7 @@ import re
 
 import pytest
 
+from flextok.evaluation.grid import Curve, decode_options
 from flextok.evaluation.settings import EvaluationSettings, resolve_keep_ks
 from flextok.flextok_wrapper import FlexTok
 from tests.evaluation.stub import SETTINGS
@@ -23,7 +24,12 @@ from tests.evaluation.stub import SETTINGS
         ("weights", "best", "ema, raw"),
         ("split", "train", "test, val"),
         ("guidance_scale", "high", "number"),
+        ("steps", [], "one value or several"),
         ("perform_norm_guidance", 1, "true and false"),
+        ("forms", "mask_token", "attention_mask, packed"),
+        ("forms", [], "one value or several"),
+        ("backends", "cudnn", "auto, flex"),
+        ("resume", "yes", "true and false"),
         ("sampler", "ddim", "euler, heun"),
         ("sampler", None, "euler, heun"),
         ("timestep_shift", 0, "positive number"),
@@ -34,11 +40,30 @@ from tests.evaluation.stub import SETTINGS
         ("guidance_interval", None, "two times"),
         ("guidance_every", 0, "at least 1"),
         ("guidance_every", 1.5, "whole number"),
+        ("kid_subsets", 0, "at least 1"),
+        ("kid_subset_size", 1, "at least 2"),
+        ("reference_cache", None, "a folder"),
+        ("import_references", 3, "a folder"),
+        ("export_references", True, "a folder"),
+        ("features", ["inception"], "networks by name"),
+        ("distances", "lpips", "networks by name"),
     ],
 )
 def test_the_message_names_field_value_and_valid_values(field, value, valid):
     with pytest.raises(ValueError, match=f"evaluation.{field}={re.escape(repr(value))}.*{valid}"):
         EvaluationSettings.from_mapping({**SETTINGS, field: value})
+
+
+@pytest.mark.parametrize("name", ["psnr", "keep_k", "a-b", "", "1st"])
+def test_networks_have_names_that_can_be_columns(name):
+    with pytest.raises(ValueError, match=rf"evaluation\.distances: {name!r} is no name for a network"):
+        EvaluationSettings.from_mapping({**SETTINGS, "distances": {name: {"_target_": "a.B"}}})
+
+
+@pytest.mark.parametrize("network", [None, "a.B", {"path": "x"}])
+def test_a_network_is_a_config_with_a_target(network):
+    with pytest.raises(ValueError, match=r"evaluation\.features\.mine=.*valid is a config with a _target_"):
+        EvaluationSettings.from_mapping({**SETTINGS, "features": {"mine": network}})
 
 
 def test_unknown_and_missing_options_are_named():
@@ -53,9 +78,26 @@ def test_one_number_is_a_list_of_one():
     assert EvaluationSettings.from_mapping({**SETTINGS, "keep_ks": [4, 2]}).keep_ks == (4, 2)
 
 
+@pytest.mark.parametrize(
+    ("field", "values", "wrong"),
+    [("steps", [4, 0], 0), ("guidance_scale", [1.0, True], True), ("forms", ["packed", 1], 1)],
+)
+def test_of_several_values_the_wrong_one_is_named(field, values, wrong):
+    with pytest.raises(ValueError, match=f"evaluation.{field}={wrong!r}: valid"):
+        EvaluationSettings.from_mapping({**SETTINGS, field: values})
+
+
+def test_axes_take_one_value_or_several():
+    one = EvaluationSettings.from_mapping({**SETTINGS, "steps": 4, "guidance_scale": 2, "forms": "packed"})
+    assert (one.steps, one.guidance_scale, one.forms, one.backends) == ((4,), (2.0,), ("packed",), None)
+    several = EvaluationSettings.from_mapping({**SETTINGS, "steps": [4, 2, 4], "guidance_scale": [3, 1]})
+    assert (several.steps, several.guidance_scale) == ((2, 4), (1.0, 3.0))
+
+
 def test_whole_numbers_and_lists_of_a_command_line_become_the_types_of_decode():
     given = {**SETTINGS, "timestep_shift": 3, "guidance_scale": 2, "guidance_interval": [0, 1]}
-    options = EvaluationSettings.from_mapping(given).decode_options()
+    settings = EvaluationSettings.from_mapping(given)
+    options = decode_options(settings, Curve(settings.steps[0], settings.guidance_scale[0]))
     assert options == {
         "timesteps": 2,
         "sampler": "euler",
@@ -70,7 +112,7 @@ def test_whole_numbers_and_lists_of_a_command_line_become_the_types_of_decode():
 
 
 def test_every_option_of_sampling_is_one_of_decode():
-    options = EvaluationSettings.from_mapping(SETTINGS).decode_options()
+    options = decode_options(EvaluationSettings.from_mapping(SETTINGS), Curve(2, 1.0))
     assert set(options) <= set(inspect.signature(FlexTok.decode).parameters)
 
 
@@ -86,7 +128,7 @@ def test_given_keep_ks_are_sorted_and_deduplicated():
     assert resolve_keep_ks((4, 1, 4), 4) == [1, 4]
 
 
-@pytest.mark.parametrize("keep_ks", [(0,), (5,), (-1,), (1.5,), (True,), ("2",), ()])
+@pytest.mark.parametrize("keep_ks", [(0,), (5,), (-1,), (1.5,), (True,), ("2",), ([1],), ()])
 def test_keep_ks_outside_the_registers_are_refused(keep_ks):
     with pytest.raises(ValueError, match=r"evaluation\.keep_ks=.*1 to 4"):
         resolve_keep_ks(keep_ks, 4)

@@ -5,19 +5,17 @@ import math
 import pytest
 import torch
 
-from flextok.evaluation.settings import EvaluationSettings
-from flextok.evaluation.sweep import run_sweep
-from tests.evaluation.stub import SETTINGS, StubTokenizer, random_batches
+from flextok.data.transforms import to_uint8
+from tests.evaluation.stub import StubTokenizer, random_batches, run_sweep
 
 
 def sweep(batches, **options):
-    settings = EvaluationSettings.from_mapping({**SETTINGS, **options})
-    return run_sweep(StubTokenizer(), batches, settings, device=torch.device("cpu"))
+    return run_sweep(StubTokenizer(), batches, options)
 
 
 def numbers(result):
     timeless = [{name: value for name, value in row.items() if name != "seconds_per_image"} for row in result.results]
-    return {"results": timeless, "vae": result.vae, "tokens": result.tokens}
+    return {"results": timeless, "vae": result.encoded.vae, "tokens": result.encoded.tokens}
 
 
 def test_more_tokens_are_closer_and_cost_more_bits():
@@ -25,7 +23,7 @@ def test_more_tokens_are_closer_and_cost_more_bits():
     assert [row["keep_k"] for row in result.results] == [1, 2, 4]
     psnrs = [row["psnr"] for row in result.results]
     assert psnrs == sorted(psnrs)
-    assert result.vae["psnr"] == 100.0
+    assert result.encoded.vae["psnr"] == 100.0
     assert [row["bits_per_image"] for row in result.results] == [pytest.approx(k * math.log2(125)) for k in (1, 2, 4)]
     assert all(row["seconds_per_image"] > 0 for row in result.results)
 
@@ -49,7 +47,7 @@ def test_the_seed_changes_only_what_is_drawn():
 @pytest.mark.parametrize("num_images", [1, 3, 4, 5, 8])
 def test_num_images_takes_the_first_ones(num_images):
     result = sweep(random_batches(8, 4), num_images=num_images)
-    assert result.num_images == num_images
+    assert len(result.encoded.keys) == num_images
     assert result.results == [
         {**row, "seconds_per_image": pytest.approx(row["seconds_per_image"], rel=1e9)}
         for row in sweep(random_batches(8, 8)[0:1], num_images=num_images).results
@@ -63,7 +61,7 @@ def test_one_image_has_no_standard_error():
 
 
 def test_a_shorter_split_is_used_whole_with_a_warning(caplog):
-    assert sweep(random_batches(3, 2), num_images=5).num_images == 3
+    assert len(sweep(random_batches(3, 2), num_images=5).encoded.keys) == 3
     assert "asked for 5 images" in caplog.text
 
 
@@ -76,15 +74,15 @@ def test_an_empty_split_is_an_error():
 def test_pictures_are_of_the_first_images(batch_size):
     batches = random_batches(5, batch_size)
     result = sweep(batches, grid_images=3)
-    assert torch.equal(result.originals, torch.cat([batch["image"] for batch in batches])[:3])
-    assert list(result.reconstructions) == [1, 2, 4]
-    assert all(images.shape == (3, 3, 8, 8) for images in result.reconstructions.values())
+    assert torch.equal(result.encoded.originals, to_uint8(torch.cat([batch["image"] for batch in batches])[:3]))
+    assert [point.keep_k for point in result.points] == [1, 2, 4]
+    assert all(pictures.first.shape == (3, 3, 8, 8) for pictures in result.pictures)
 
 
 def test_pictures_of_another_size_are_left_out():
     result = sweep([*random_batches(1, 1), *random_batches(1, 1, size=12)])
-    assert len(result.originals) == 1
-    assert result.image_sizes == [[8, 8], [12, 12]]
+    assert len(result.encoded.originals) == 1
+    assert result.encoded.image_sizes == [[8, 8], [12, 12]]
 
 
 def test_the_model_decodes_with_the_options_of_the_settings(monkeypatch):

@@ -13,21 +13,6 @@ def finished_run(tmp_path_factory):
     return folder
 
 
-@pytest.fixture(scope="session")
-def teacher_folder(tmp_path_factory):
-    """A DINOv2 of one layer; patches of 4 pixels, made for a grid of 4 x 4."""
-    import torch
-
-    transformers = pytest.importorskip("transformers")
-    torch.manual_seed(3)
-    config = transformers.Dinov2Config(
-        hidden_size=16, num_hidden_layers=1, num_attention_heads=2, patch_size=4, image_size=16
-    )
-    folder = tmp_path_factory.mktemp("teacher")
-    transformers.Dinov2Model(config).save_pretrained(folder)
-    return str(folder)
-
-
 @pytest.fixture
 def small_model(tmp_path):
     import hydra

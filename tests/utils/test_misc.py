@@ -129,7 +129,7 @@ def test_addresses_that_are_no_pictures_are_refused(monkeypatch):
     with pytest.raises(ValueError, match="http"):
         demo.img_from_url("file:///etc/hostname")
     serve(monkeypatch, b"<html>")
-    with pytest.raises(ValueError, match="is no picture"):
+    with pytest.raises(ValueError, match="it is no JPEG, PNG or WebP"):
         demo.img_from_url("https://example.org")
 
 

@@ -1,0 +1,102 @@
+"""The points of a sweep: every combination of `keep_k`, steps, guidance, form of the mask and attention backend."""
+
+from collections.abc import Sequence
+from itertools import product
+from typing import Any, NamedTuple
+
+from torch import nn
+
+from flextok.evaluation.settings import EvaluationSettings
+from flextok.model.preprocessors.nested_dropout_seq_packer import NestedDropoutSequencePacker
+from flextok.model.trunks.transformers import set_attention_backend
+
+# Those that are called here as in `FlexTok.decode`, and that all points share.
+SAMPLING_OPTIONS = ("sampler", "timestep_shift", "perform_norm_guidance", "guidance_interval", "guidance_every")
+
+
+class Curve(NamedTuple):
+    """What the points of one curve over `keep_k` have in common; None is what the model and the config say."""
+
+    steps: int
+    guidance_scale: float
+    form: str | None = None
+    backend: str | None = None
+
+    @property
+    def label(self) -> str:
+        """Such as `25 steps, guidance 3`."""
+        guidance = [] if self.guidance_scale == 1.0 else [f"guidance {self.guidance_scale:g}"]
+        steps = f"{self.steps} step{'s' if self.steps > 1 else ''}"
+        return ", ".join([steps, *guidance, *(name for name in self[2:] if name is not None)])
+
+
+class Point(NamedTuple):
+    """How to decode all images once."""
+
+    keep_k: int
+    curve: Curve
+
+    @property
+    def columns(self) -> dict[str, Any]:
+        """The first columns of its results; form and backend only where several are compared."""
+        return {"keep_k": self.keep_k, **{name: v for name, v in self.curve._asdict().items() if v is not None}}
+
+    @property
+    def name(self) -> str:
+        """A name for its files."""
+        return "_".join(f"{name}_{value}" for name, value in self.columns.items())
+
+    @property
+    def label(self) -> str:
+        """Such as `4 tokens, 25 steps`."""
+        return f"{tokens_label(self.keep_k)}, {self.curve.label}"
+
+    def passes(self, sampler: str) -> int:
+        """How often an image goes through the decoder, as far as an estimate of time needs it."""
+        evaluations = 2 * self.curve.steps - 1 if sampler == "heun" else self.curve.steps
+        return evaluations * (1 if self.curve.guidance_scale == 1.0 else 2)
+
+
+def tokens_label(keep_k: int) -> str:
+    """Such as `4 tokens`."""
+    return f"{keep_k} token{'s' if keep_k > 1 else ''}"
+
+
+def make_grid(settings: EvaluationSettings, keep_ks: Sequence[int]) -> list[Point]:
+    """All points, curve after curve, each with ascending `keep_k`."""
+    forms, backends = (dict.fromkeys(values or (None,)) for values in (settings.forms, settings.backends))
+    axes = (forms, backends, settings.steps, settings.guidance_scale)
+    return [
+        Point(keep_k, Curve(steps, guidance_scale, form, backend))
+        for form, backend, steps, guidance_scale in product(*axes)
+        for keep_k in keep_ks
+    ]
+
+
+def decode_options(settings: EvaluationSettings, curve: Curve) -> dict[str, Any]:
+    """How to sample, as the arguments of `FlexTok.decode`."""
+    shared = {name: getattr(settings, name) for name in SAMPLING_OPTIONS}
+    return {"timesteps": curve.steps, "guidance_scale": curve.guidance_scale, **shared}
+
+
+def check_forms(model: nn.Module, settings: EvaluationSettings) -> None:
+    """Raise ValueError if forms of the mask are to be compared, and this model has no mask over its tokens."""
+    if settings.forms is not None and not _packers(model):
+        raise ValueError(
+            f"evaluation.forms={list(settings.forms)!r}: the decoder of this model replaces dropped tokens by a mask "
+            "token, so there is one form only; valid: null, or a model with dropout=attention_mask or packed"
+        )
+
+
+def prepare(model: nn.Module, curve: Curve) -> None:
+    """Let the model decode in the form and with the backend of a curve, where it names one."""
+    if curve.form is not None:
+        for packer in _packers(model):
+            # Evaluation leaves hidden tokens out by itself; both together decide.
+            packer.drop_masked = packer.shortens_rows = curve.form == "packed"
+    if curve.backend is not None:
+        set_attention_backend(model, curve.backend)  # type: ignore[arg-type]  # The settings have checked it.
+
+
+def _packers(model: nn.Module) -> list[NestedDropoutSequencePacker]:
+    return [module for module in model.modules() if isinstance(module, NestedDropoutSequencePacker)]

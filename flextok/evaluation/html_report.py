@@ -1,0 +1,99 @@
+"""The report of one evaluation as a page: `report.html`."""
+
+from collections.abc import Mapping, Sequence
+from html import escape
+from io import BytesIO
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+from torch import Tensor
+
+from flextok.evaluation import html, plot
+from flextok.evaluation.pictures import Example
+from flextok.evaluation.sweep import SweepResult
+from flextok.pictures import tile_size
+
+
+def write_html(
+    sweep: SweepResult, metrics: Mapping[str, Any], cells: Sequence[Sequence[str]], grid: Image.Image, path: Path
+) -> None:
+    """Write the page of `metrics`; `cells` is the table of results with its header, `grid` the picture."""
+    protocol = metrics["protocol"]
+    lead = (
+        f"{protocol['num_images']} images of split {protocol['split']}, weights {protocol['weights']}, "
+        f"{protocol['sampler']}, seed {protocol['seed']}, on {protocol['device']}"
+    )
+    sections = [
+        html.section("Results", html.table(cells[0], cells[1:]), _missing(metrics)),
+        _rate_distortion(metrics),
+        _tokens(metrics["tokens"]),
+        html.section(
+            "Throughput",
+            html.paragraph("Images per second that one process decodes, the VAE included."),
+            html.chart(plot.throughput(plot.curves_of(metrics["results"])), "images per second over tokens"),
+        ),
+        html.section(
+            "Reconstructions", f'<div class="scroll">{html.picture(_png(grid), html.PNG, "reconstructions")}</div>'
+        ),
+        html.section("Best and worst", html.paragraph(_ABOUT_EXTREMES), *_extremes(sweep)),
+        html.section("Protocol", html.settings_table(protocol)),
+    ]
+    html.write_page(path, f"Evaluation of {protocol['checkpoint']}", lead, sections)
+
+
+_ABOUT_EXTREMES = "By PSNR, at the most tokens of each curve: the image at the left, its reconstruction at the right."
+
+
+def _missing(metrics: Mapping[str, Any]) -> str:
+    reasons = metrics["vae"].get("missing")
+    return html.paragraph(f"Missing: {reasons}") if reasons else ""
+
+
+def _rate_distortion(metrics: Mapping[str, Any]) -> str:
+    results, vae = metrics["results"], metrics["vae"]
+    known = plot.known_metrics([*results, vae])
+    figure = plot.rate_distortion(plot.curves_of(results), vae, known)
+    note = "Bars are standard errors; dotted is what the VAE alone loses."
+    return html.section("Rate and distortion", html.paragraph(note), html.chart(figure, "metrics over tokens"))
+
+
+def _tokens(tokens: Mapping[str, Any]) -> str:
+    facts = (
+        f"{tokens['codes_used']} of {tokens['codebook_size']} codes used ({tokens['codebook_usage']:.1%}), perplexity "
+        f"{tokens['perplexity']:.1f}, entropy {tokens['entropy_bits_mean']:.2f} of {tokens['bits_per_token']:.2f} bits."
+    )
+    chart = html.chart(plot.entropy_of_positions({"entropy": tokens}), "entropy by position")
+    return html.section("Tokens", html.paragraph(facts), chart, html.paragraph(tokens["note"]))
+
+
+def _extremes(sweep: SweepResult) -> list[str]:
+    # Of each curve the point with most tokens, which comes last.
+    last = {point.curve: (point, found) for point, found in zip(sweep.points, sweep.pictures, strict=True)}
+    parts = []
+    for index, (point, found) in enumerate(last.values()):
+        rows = [
+            f'<h3>{kind.capitalize()}</h3>\n<div class="examples">{"".join(map(_example, examples))}</div>\n'
+            for kind, examples in found.extremes.items()
+        ]
+        parts.append(html.details(point.label, "".join(rows), is_open=index == 0))
+    return parts
+
+
+def _example(example: Example) -> str:
+    size = tile_size(*example.original.shape[-2:])
+    images = "".join(
+        html.picture(_png(_pil(image)), html.PNG, name, size=size)
+        for name, image in (("image", example.original), ("reconstruction", example.reconstruction))
+    )
+    return f"<figure>{images}<figcaption>{escape(f'{example.psnr:.2f} dB · {example.key}')}</figcaption></figure>\n"
+
+
+def _pil(image: Tensor) -> Image.Image:
+    return Image.fromarray(image.permute(1, 2, 0).numpy())
+
+
+def _png(image: Image.Image) -> bytes:
+    file = BytesIO()
+    image.save(file, format="PNG")
+    return file.getvalue()
