@@ -25,6 +25,7 @@ def paired_bootstrap(differences: NDArray[np.float64], *, seed: int) -> NDArray[
         raise ValueError(f"{count} images have no confidence interval; valid: at least two")
     if not np.isfinite(differences).all():
         raise ValueError("a difference is not finite")
+    # One of its own: the global generator is never used.
     generator = np.random.default_rng(seed)
     means = np.empty((RESAMPLES, differences.shape[1]))
     step = max(1, _ROOM // count)

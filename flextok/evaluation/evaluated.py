@@ -8,8 +8,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from flextok.evaluation.grid import Curve
+
 FILES = ("metrics.json", "results.parquet")
-AXES = ("keep_k", "steps", "guidance_scale", "form", "backend")
+AXES = ("keep_k", *Curve._fields)
 PointKey = tuple[Any, ...]
 """The values of `AXES`, None for those that were not compared."""
 Image = tuple[str, str]

@@ -168,4 +168,5 @@ def _style(index: int) -> dict[str, Any]:
 
 def _legend(axes: "Axes") -> None:
     if len(axes.get_legend_handles_labels()[1]) > 1:
-        axes.legend(frameon=False, fontsize=8)
+        # The names of runs may be long paths: they must not press the axes to nothing.
+        axes.legend(frameon=False, fontsize=8).set_in_layout(False)

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
-from flextok.evaluation.grid import tokens_label
+from flextok.evaluation.grid import Curve, tokens_label
 from flextok.evaluation.html_report import write_html
 from flextok.evaluation.pictures import as_floats
 from flextok.evaluation.plot import curves_of, rate_distortion
@@ -33,7 +33,7 @@ TABLE_COLUMNS = {
     "seconds_per_image": ("s/image", "{:.4f}"),
 }
 # Columns that say which curve a row is of; shown where there are several.
-AXES = ("steps", "guidance_scale", "form", "backend")
+AXES = Curve._fields
 # Metrics that not every evaluation has.
 MORE_COLUMNS = {"ms_ssim": "{:.4f}", "fid_": "{:.3f}", "kid_": "{:.5f}"}
 

@@ -18,7 +18,7 @@ def start_with_mup(cfg: DictConfig, model: FlexTok) -> None:
     At that width the weights are distributed as without muP. Which of a weight's sizes grow with the width is found
     by comparing the model with one of the base width, which takes no memory.
     """
-    base = deepcopy(cfg)
+    base = deepcopy(cfg)  # The caller's goes on being the config of the run.
     for field in _WIDTHS:
         OmegaConf.update(base, field, cfg.mup_base_width)
     for part in ("encoder", "decoder"):
