@@ -28,9 +28,10 @@ ALLOWED = {
     "data": {"seeding"},
     "seeding": set(),
     "provenance": set(),
+    "embedded": set(),
     "reconstruct": {"seeding", *LIBRARY},
     "pictures": {"data", "utils"},
-    "evaluation": {"data", "pictures", "provenance", "reconstruct", "seeding", "training", *LIBRARY},
+    "evaluation": {"data", "embedded", "pictures", "provenance", "reconstruct", "seeding", "training", *LIBRARY},
     "generation": {"data", "seeding", *LIBRARY},
 }
 # Only these parts may import the library at module level, everybody else inside functions.
@@ -47,6 +48,7 @@ AT_MODULE_LEVEL = {
     "litdata": set(),
     "pyarrow": set(),
     "shtab": set(),
+    "gradio": {"demo"},
 }
 # These parts may not import the library at all.
 NEVER = {"attention": {"diffusers", "lightning", "PIL"}, "fusion": {"diffusers", "lightning"}}

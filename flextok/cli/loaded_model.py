@@ -14,7 +14,7 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
         "--checkpoint",
         metavar="MODEL",
         required=True,
-        help="a run folder, a .ckpt in one, an exported folder, a .safetensors file, or latest",
+        help="a run folder, a .ckpt in one, an exported folder, a .safetensors file, latest, or embedded:photos",
     )
     parser.add_argument(
         "--weights", choices=("ema", "raw"), default="ema", help="of a run: averaged (default) or of the last step"

@@ -1,6 +1,7 @@
 """Which model is meant by `checkpoint=...`, where does it belong, and which file holds its weights?
 
-A run folder, a Lightning checkpoint, an exported safetensors file, an exported folder, or `latest`.
+A run folder, a Lightning checkpoint, an exported safetensors file, an exported folder, `latest`, or a model that comes
+with the package, `embedded:photos`.
 """
 
 from dataclasses import dataclass
@@ -10,12 +11,13 @@ from typing import Any, Literal
 
 from omegaconf import OmegaConf
 
+from flextok.embedded import PREFIX, embedded_model, embedded_models
 from flextok.utils.config_safety import DATA_TARGETS, sanitize_hydra_config
 
 EXPORT_FILES = ("config.json", "model.safetensors")
 VALID = (
     "a run folder, a .ckpt file of one, a .safetensors file, an exported folder (config.json and "
-    "model.safetensors), or latest"
+    "model.safetensors), latest, embedded:digits, or embedded:photos"
 )
 
 
@@ -29,7 +31,12 @@ class ModelSource:
 
     @property
     def default_output_dir(self) -> Path:
-        """`<run>/evaluation`, `<exported folder>/evaluation`, or `<name>_evaluation` beside a bare file."""
+        """`<run>/evaluation`, `<exported folder>/evaluation`, or `<name>_evaluation` beside a bare file.
+
+        Of a model that comes with the package, whose folder is not the user's, it is `<name>_evaluation` here.
+        """
+        if self.path in embedded_models().values():
+            return Path(f"{self.path.name}_evaluation")
         if self.kind == "file" or (self.kind == "checkpoint" and self.run_folder is None):
             return self.path.with_name(f"{self.path.stem}_evaluation")
         return (self.run_folder or self.path) / "evaluation"
@@ -97,7 +104,7 @@ def find_source(checkpoint: str, *, runs: Path) -> ModelSource:
     from flextok.training.run_folder import CONFIG
     from flextok.training.sharded_checkpoint import is_sharded_checkpoint
 
-    path = Path(checkpoint)
+    path = embedded_model(checkpoint.removeprefix(PREFIX)) if checkpoint.startswith(PREFIX) else Path(checkpoint)
     if not path.exists():
         raise ValueError(f"checkpoint={checkpoint}: does not exist; valid are {VALID}")
     # Links are followed: a `best.ckpt` that points into a run belongs to that run.
