@@ -10,6 +10,7 @@ from PIL import Image
 from torch import Tensor
 
 from flextok.evaluation import html, plot
+from flextok.evaluation.lengths import SHARES
 from flextok.evaluation.pictures import Example
 from flextok.evaluation.sweep import SweepResult
 from flextok.pictures import tile_size
@@ -27,6 +28,7 @@ def write_html(
     sections = [
         html.section("Results", html.table(cells[0], cells[1:]), _missing(metrics)),
         _rate_distortion(metrics),
+        *([_targets(sweep, metrics)] if metrics["targets"] else []),
         _tokens(metrics["tokens"]),
         html.section(
             "Throughput",
@@ -56,6 +58,49 @@ def _rate_distortion(metrics: Mapping[str, Any]) -> str:
     figure = plot.rate_distortion(plot.curves_of(results), vae, known)
     note = "Bars are standard errors; dotted is what the VAE alone loses."
     return html.section("Rate and distortion", html.paragraph(note), html.chart(figure, "metrics over tokens"))
+
+
+_ABOUT_TARGETS = (
+    "Of each image the fewest tokens that reconstruct it this well, found by bisection. Means are over the images that "
+    "meet the target; under a share of all images stands how many tokens are enough for so many of them."
+)
+
+
+def _targets(sweep: SweepResult, metrics: Mapping[str, Any]) -> str:
+    rows = metrics["targets"]
+    header = [
+        "target",
+        "at",
+        "tokens",
+        "bits",
+        "bits per pixel",
+        *(f"{share:.0%}" for share in SHARES.values()),
+        "not met",
+    ]
+    cells = [
+        [
+            *(row["target"], plot.curve_label(row)),
+            *(_number(row[name], form) for name, form in (("tokens", ".2f"), ("bits_per_image", ".1f"))),
+            _number(row["bits_per_pixel"], ".4f"),
+            *(_number(row[f"tokens_{name}"], "d") for name in SHARES),
+            _number(row["not_met"], ".1%"),
+        ]
+        for row in rows
+    ]
+    measured = {
+        search.label: (numbers.per_image["tokens"], search.longest)
+        for search, numbers in zip(sweep.searches, sweep.lengths, strict=True)
+        if numbers is not None
+    }
+    chart = html.chart(plot.lengths(measured), "share of images by number of tokens") if measured else ""
+    missing = [html.paragraph(f"{row['target']} is missing: {row['missing']}") for row in rows if "missing" in row]
+    return html.section(
+        "Tokens an image needs", html.paragraph(_ABOUT_TARGETS), html.table(header, cells), *missing, chart
+    )
+
+
+def _number(value: Any, form: str) -> str:
+    return "-" if value is None else format(value, form)
 
 
 def _tokens(tokens: Mapping[str, Any]) -> str:

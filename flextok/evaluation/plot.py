@@ -20,6 +20,7 @@ TITLES = {"psnr": "PSNR (dB)", "ssim": "SSIM", "ms_ssim": "MS-SSIM", "mae": "MAE
 COLOURS = ("#1f4e79", "#d95f02", "#1b9e77", "#7b4fa3", "#c9a300", "#a6761d", "#cc3d7a", "#555555")
 BOUND = "#888888"
 COLUMNS = 3
+MOST_BARS = 32
 
 
 def curves_of(results: Iterable[Mapping[str, Any]], prefix: str = "") -> dict[str, list[Mapping[str, Any]]]:
@@ -82,6 +83,33 @@ def differences(rows: Rows) -> "Figure":
         _token_axis(axes, {row["keep_k"]: str(row["keep_k"]) for row in rows}, "tokens kept")
         axes.set_ylabel(f"difference, {TITLES.get(name, name)}")
     _legend(panels[0])
+    return figure
+
+
+def lengths(measured: Mapping[str, tuple[Sequence[float], int]]) -> "Figure":
+    """By label: a histogram of the tokens that images need (NaN: all are not enough) from 1 to the most there are."""
+    from matplotlib.ticker import MaxNLocator
+
+    figure, panels = _panels(len(measured))
+    for axes, (label, (values, longest)) in zip(panels, measured.items(), strict=False):
+        known = [value for value in values if not math.isnan(value)]
+        width = math.ceil(longest / MOST_BARS)
+        shares = [0.0] * math.ceil(longest / width)
+        for value in known:
+            shares[(int(value) - 1) // width] += 100 / len(values)
+        starts = [0.5 + width * index for index in range(len(shares))]
+        axes.bar(starts, shares, width=0.9 * width, align="edge", color=COLOURS[0])
+        end = 0.5 + width * len(shares)
+        if len(known) < len(values):
+            rest = 100 * (len(values) - len(known)) / len(values)
+            # Apart from the others, for it is no number of tokens.
+            axes.bar(end + width, rest, width=0.9 * width, align="edge", color=BOUND, label="not met")
+            axes.legend(frameon=False, fontsize=8)
+        axes.set_xlim(0.5 - 0.5 * width, end + 2.5 * width)
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+        axes.set_title(label, fontsize=9)
+        axes.set_xlabel("tokens needed")
+        axes.set_ylabel("images (%)")
     return figure
 
 
