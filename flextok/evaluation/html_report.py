@@ -10,6 +10,7 @@ from PIL import Image
 from torch import Tensor
 
 from flextok.evaluation import html, plot
+from flextok.evaluation.histogram import histograms
 from flextok.evaluation.lengths import SHARES
 from flextok.evaluation.pictures import Example
 from flextok.evaluation.sweep import SweepResult
@@ -62,41 +63,33 @@ def _rate_distortion(metrics: Mapping[str, Any]) -> str:
 
 _ABOUT_TARGETS = (
     "Of each image the fewest tokens that reconstruct it this well, found by bisection. Means are over the images that "
-    "meet the target; under a share of all images stands how many tokens are enough for so many of them."
+    "meet the target. Under a share of all images: how many tokens are enough for so many of them, if any are."
+)
+# Title, column of the row, form.
+_TARGET_COLUMNS = (
+    *(("tokens", "tokens", ".2f"), ("bits", "bits_per_image", ".1f"), ("bits per pixel", "bits_per_pixel", ".4f")),
+    *((f"{share:.0%}", f"tokens_{name}", "d") for name, share in SHARES.items()),
+    ("not met", "not_met", ".1%"),
 )
 
 
 def _targets(sweep: SweepResult, metrics: Mapping[str, Any]) -> str:
     rows = metrics["targets"]
-    header = [
-        "target",
-        "at",
-        "tokens",
-        "bits",
-        "bits per pixel",
-        *(f"{share:.0%}" for share in SHARES.values()),
-        "not met",
-    ]
+    has_curves = len({search.curve for search in sweep.searches}) > 1
+    titles = [search.label if has_curves else str(search.target) for search in sweep.searches]
     cells = [
-        [
-            *(row["target"], plot.curve_label(row)),
-            *(_number(row[name], form) for name, form in (("tokens", ".2f"), ("bits_per_image", ".1f"))),
-            _number(row["bits_per_pixel"], ".4f"),
-            *(_number(row[f"tokens_{name}"], "d") for name in SHARES),
-            _number(row["not_met"], ".1%"),
-        ]
-        for row in rows
+        [title, *(_number(row[name], form) for _, name, form in _TARGET_COLUMNS)]
+        for title, row in zip(titles, rows, strict=True)
     ]
     measured = {
-        search.label: (numbers.per_image["tokens"], search.longest)
-        for search, numbers in zip(sweep.searches, sweep.lengths, strict=True)
+        title: (numbers.per_image["tokens"], search.longest)
+        for title, search, numbers in zip(titles, sweep.searches, sweep.lengths, strict=True)
         if numbers is not None
     }
-    chart = html.chart(plot.lengths(measured), "share of images by number of tokens") if measured else ""
+    chart = html.chart(histograms(measured), "share of images by number of tokens") if measured else ""
     missing = [html.paragraph(f"{row['target']} is missing: {row['missing']}") for row in rows if "missing" in row]
-    return html.section(
-        "Tokens an image needs", html.paragraph(_ABOUT_TARGETS), html.table(header, cells), *missing, chart
-    )
+    table = html.table(["target", *(title for title, _, _ in _TARGET_COLUMNS)], cells)
+    return html.section("Tokens an image needs", html.paragraph(_ABOUT_TARGETS), table, *missing, chart)
 
 
 def _number(value: Any, form: str) -> str:

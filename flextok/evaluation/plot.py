@@ -20,7 +20,6 @@ TITLES = {"psnr": "PSNR (dB)", "ssim": "SSIM", "ms_ssim": "MS-SSIM", "mae": "MAE
 COLOURS = ("#1f4e79", "#d95f02", "#1b9e77", "#7b4fa3", "#c9a300", "#a6761d", "#cc3d7a", "#555555")
 BOUND = "#888888"
 COLUMNS = 3
-MOST_BARS = 32
 
 
 def curves_of(results: Iterable[Mapping[str, Any]], prefix: str = "") -> dict[str, list[Mapping[str, Any]]]:
@@ -50,8 +49,8 @@ def known_metrics(results: Iterable[Mapping[str, Any]]) -> list[str]:
 
 def rate_distortion(curves: Curves, vae: Mapping[str, Any] | None, metrics: Sequence[str]) -> "Figure":
     """A panel per metric over `keep_k`; bars are standard errors, dashed is the VAE alone."""
-    figure, panels = _panels(len(metrics))
-    for axes, name in zip(panels, metrics, strict=False):
+    figure, all_axes = panels(len(metrics))
+    for axes, name in zip(all_axes, metrics, strict=False):
         for index, (label, rows) in enumerate(curves.items()):
             errors = [row.get(f"{name}_se") or 0.0 for row in rows]
             _curve(axes, index, [row["keep_k"] for row in rows], [row[name] for row in rows], errors, label)
@@ -59,15 +58,15 @@ def rate_distortion(curves: Curves, vae: Mapping[str, Any] | None, metrics: Sequ
         if vae is not None and vae["psnr"] < PSNR_CAP:
             axes.axhline(vae[name], linestyle=":", linewidth=1, color=BOUND, label="VAE only")
         _over_tokens(axes, curves, TITLES.get(name, name))
-    _legend(panels[0])
+    _legend(all_axes[0])
     return figure
 
 
 def differences(rows: Rows) -> "Figure":
     """A panel per metric: differences over `keep_k` by run and curve; bars are confidence intervals."""
     names = list(dict.fromkeys(row["metric"] for row in rows))
-    figure, panels = _panels(len(names))
-    for axes, name in zip(panels, names, strict=False):
+    figure, all_axes = panels(len(names))
+    for axes, name in zip(all_axes, names, strict=False):
         curves: dict[str, list[Mapping[str, Any]]] = {}
         for row in rows:
             if row["metric"] == name:
@@ -82,40 +81,13 @@ def differences(rows: Rows) -> "Figure":
         axes.axhline(0, linewidth=1, color=BOUND)
         _token_axis(axes, {row["keep_k"]: str(row["keep_k"]) for row in rows}, "tokens kept")
         axes.set_ylabel(f"difference, {TITLES.get(name, name)}")
-    _legend(panels[0])
-    return figure
-
-
-def lengths(measured: Mapping[str, tuple[Sequence[float], int]]) -> "Figure":
-    """By label: a histogram of the tokens that images need (NaN: all are not enough) from 1 to the most there are."""
-    from matplotlib.ticker import MaxNLocator
-
-    figure, panels = _panels(len(measured))
-    for axes, (label, (values, longest)) in zip(panels, measured.items(), strict=False):
-        known = [value for value in values if not math.isnan(value)]
-        width = math.ceil(longest / MOST_BARS)
-        shares = [0.0] * math.ceil(longest / width)
-        for value in known:
-            shares[(int(value) - 1) // width] += 100 / len(values)
-        starts = [0.5 + width * index for index in range(len(shares))]
-        axes.bar(starts, shares, width=0.9 * width, align="edge", color=COLOURS[0])
-        end = 0.5 + width * len(shares)
-        if len(known) < len(values):
-            rest = 100 * (len(values) - len(known)) / len(values)
-            # Apart from the others, for it is no number of tokens.
-            axes.bar(end + width, rest, width=0.9 * width, align="edge", color=BOUND, label="not met")
-            axes.legend(frameon=False, fontsize=8)
-        axes.set_xlim(0.5 - 0.5 * width, end + 2.5 * width)
-        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-        axes.set_title(label, fontsize=9)
-        axes.set_xlabel("tokens needed")
-        axes.set_ylabel("images (%)")
+    _legend(all_axes[0])
     return figure
 
 
 def throughput(curves: Curves) -> "Figure":
     """Images per second of one process over `keep_k`."""
-    figure, (axes,) = _panels(1)
+    figure, (axes,) = panels(1)
     for index, (label, rows) in enumerate(curves.items()):
         speeds = [1 / row["seconds_per_image"] for row in rows]
         axes.plot([row["keep_k"] for row in rows], speeds, marker="o", markersize=4, **_style(index), label=label)
@@ -127,7 +99,7 @@ def throughput(curves: Curves) -> "Figure":
 
 def entropy_of_positions(tokens: Mapping[str, Mapping[str, Any]]) -> "Figure":
     """Entropy of the ids at each position, by label; dotted is the most that so many images could show."""
-    figure, (axes,) = _panels(1)
+    figure, (axes,) = panels(1)
     for index, (label, statistics) in enumerate(tokens.items()):
         values = statistics["entropy_bits_per_position"]
         axes.plot(range(1, len(values) + 1), values, linewidth=1.2, **_style(index), label=label)
@@ -150,20 +122,23 @@ def as_svg(figure: "Figure") -> bytes:
     return file.getvalue()
 
 
-def _panels(count: int) -> "tuple[Figure, list[Axes]]":
+def panels(count: int) -> "tuple[Figure, list[Axes]]":
+    """A figure of so many panels, and perhaps some that are not seen."""
     # Without pyplot there is no global state and no display: a bare Figure draws with Agg.
     from matplotlib.figure import Figure
 
-    columns = min(count, COLUMNS)
+    columns = 2 if count == 4 else min(count, COLUMNS)
     rows = math.ceil(count / columns)
-    figure = Figure(figsize=(max(4.5, 4.2 * columns), 3.4 * rows), layout="constrained")
-    panels: list[Axes] = list(figure.subplots(rows, columns, squeeze=False).flat)
-    for axes in panels:
+    figure = Figure(figsize=(max(4.5, 4.2 * columns), 3.4 * rows))
+    figure.set_layout_engine("constrained", h_pad=0.08, w_pad=0.08)
+    found: list[Axes] = list(figure.subplots(rows, columns, squeeze=False).flat)
+    for axes in found:
         axes.grid(alpha=0.25)
+        axes.set_axisbelow(True)
         axes.spines[["top", "right"]].set_visible(False)
-    for axes in panels[count:]:
+    for axes in found[count:]:
         axes.set_visible(False)
-    return figure, panels
+    return figure, found
 
 
 def _curve(
