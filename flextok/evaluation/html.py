@@ -98,7 +98,7 @@ def picture(content: bytes, kind: str, alt: str, *, size: tuple[int, int] | None
 def chart(figure: "Figure", alt: str) -> str:
     """A figure inside of the page."""
     # More than one panel.
-    is_wide = figure.get_figwidth() > 6
+    is_wide = bool(figure.get_figwidth() > 6)
     return f'<div class="scroll">{picture(as_svg(figure), SVG, alt, is_wide=is_wide)}</div>\n'
 
 
