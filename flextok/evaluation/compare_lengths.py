@@ -33,7 +33,9 @@ def length_differences(first: Evaluated, other: Evaluated, images: Sequence[Imag
         for unit, (before, after) in (("tokens", tokens), ("bits", bits)):
             means = {"baseline": float(before.mean()), "value": float(after.mean())}
             shares = {"baseline_not_met": failed[0], "not_met": failed[1]}
-            rows.append({**about, "metric": unit, **means, **shares, "difference": float((after - before).mean())})
+            # Without the last digits, which would say -0.00 of no difference.
+            difference = round(float((after - before).mean()), 9) + 0.0
+            rows.append({**about, "metric": unit, **means, **shares, "difference": difference})
             columns.append(after - before)
     if columns:
         limits = paired_bootstrap(np.stack(columns, axis=1), seed=seed)

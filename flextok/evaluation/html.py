@@ -30,7 +30,8 @@ th, td { text-align: right; padding: 4px 12px 4px 0; border-bottom: 1px solid #e
 th:first-child, td:first-child { text-align: left; }
 th, td { white-space: nowrap; }
 th { font-weight: 600; border-bottom-color: #b9c4ce; }
-table.text td, table.text th { text-align: left; overflow-wrap: anywhere; white-space: normal; }
+table.text td, table.text th { text-align: left; }
+table.text td { overflow-wrap: anywhere; white-space: normal; min-width: 12ch; }
 table.text td:first-child { white-space: nowrap; }
 .scroll > img, .chart { max-width: 100%; height: auto; }
 .examples { display: flex; flex-wrap: wrap; gap: 14px; }

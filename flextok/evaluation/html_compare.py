@@ -126,7 +126,7 @@ def _differences(comparison: Mapping[str, Any], about: str) -> str:
 def _targets(comparison: Mapping[str, Any]) -> str:
     cells = target_cells(comparison)
     about = (
-        f"Means over images, and what changes from {comparison['baseline']} to the run. An image that does not meet the "
+        f"Means over images, and how the run differs from {comparison['baseline']}. An image that does not meet the "
         "target counts with all tokens of its model."
     )
     return html.section("Tokens an image needs", html.paragraph(about), html.table(cells[0], cells[1:]))
