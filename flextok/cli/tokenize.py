@@ -3,6 +3,7 @@
   flextok tokenize my_images my_tokens --checkpoint runs/digits/2025-01-31_12-00-00
   flextok tokenize 'tars/*.tar' my_tokens --checkpoint my_tokenizer --keep-k 32 --format webdataset
   flextok tokenize my_images my_tokens --checkpoint my_tokenizer --target psnr=24
+  flextok tokenize my_images my_tokens --checkpoint my_tokenizer --target lpips=0.2 --target-weights alexnet.pth
 
 Images are turned upright, cut to their central square and resized to what the model reads. DESTINATION then holds
 shards of tokens and index.json, which says how they were made; read them with `flextok.data.token_shards.TokenShards`,
@@ -24,6 +25,7 @@ from flextok.cli.loaded_model import (
     load_model,
     sampling_options,
 )
+from flextok.cli.token_target import add_target_arguments, describe_target, load_networks
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -31,12 +33,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("destination", metavar="DESTINATION", type=Path, help="folder to write into, or to go on with")
     add_model_arguments(parser)
     parser.add_argument("--keep-k", metavar="N", type=int, help="tokens of each image (default: all of them)")
-    parser.add_argument(
-        "--target",
-        metavar="METRIC=VALUE",
-        type=_target,
-        help="store of each image as few of them as reconstruct it this well: psnr=24, ssim=0.9",
-    )
+    add_target_arguments(parser)
     add_sampling_arguments(parser, "for --target: ")
     parser.add_argument(
         "--format", choices=("parquet", "webdataset"), default="parquet", help="of the shards (default: parquet)"
@@ -70,12 +67,18 @@ def run(args: argparse.Namespace) -> int:
     if keep_k > model.num_registers:
         raise ValueError(f"--keep-k is {keep_k}: this model has {model.num_registers} tokens per image")
     image_size = image_size_of(model, args.image_size)
+    networks, target = None, None
+    if args.target is not None:
+        networks = load_networks(args.target, args.target_weights, model.device)
+        target = {**describe_target(args.target, networks), **sampling_options(args)}
+    elif args.target_weights is not None:
+        raise ValueError(f"--target-weights={args.target_weights}: without --target it has no meaning; leave it out")
     settings = {
         "model": describe_model(model),
         "image_size": image_size,
         "preprocessing": "upright RGB on white, central square, bicubic",
         "keep_k": keep_k,
-        "target": None if args.target is None else {args.target.metric: args.target.value, **sampling_options(args)},
+        "target": target,
         "seed": args.seed,
         "format": args.format,
     }
@@ -85,7 +88,7 @@ def run(args: argparse.Namespace) -> int:
         write_tokens(
             folder,
             source,
-            lambda images, keys: _encode(model, images, keys, args, keep_k=keep_k),
+            lambda images, keys: _encode(model, images, keys, args, networks, keep_k=keep_k),
             storage,
             image_size=image_size,
             shard_size=args.shard_size,
@@ -103,7 +106,9 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def _encode(model: Any, images: Any, keys: list[str], args: argparse.Namespace, *, keep_k: int) -> list[Any]:
+def _encode(
+    model: Any, images: Any, keys: list[str], args: argparse.Namespace, networks: Any, *, keep_k: int
+) -> list[Any]:
     """The ids of each image of `[batch, 3, height, width]`: the first `keep_k`, or as many of them as it needs."""
     import torch
 
@@ -115,15 +120,6 @@ def _encode(model: Any, images: Any, keys: list[str], args: argparse.Namespace, 
     with torch.no_grad():
         encoded = encode_images(model, images, keys, seed=args.seed)
     if args.target is not None:
-        options = sampling_options(args)
-        lengths = tokens_needed(model, images, encoded, args.target, longest=keep_k, seed=args.seed, **options)
+        options = {"seed": args.seed, "networks": networks, **sampling_options(args)}
+        lengths = tokens_needed(model, images, encoded, args.target, longest=keep_k, **options)
     return [ids[0, : length or keep_k] for ids, length in zip(encoded.tokens, lengths, strict=True)]
-
-
-def _target(text: str) -> Any:
-    from flextok.evaluation.shortest import Target
-
-    try:
-        return Target.parse(text)
-    except ValueError as error:
-        raise argparse.ArgumentTypeError(str(error)) from error

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from flextok.evaluation.bootstrap import CONFIDENCE, RESAMPLES, paired_bootstrap
+from flextok.evaluation.compare_lengths import length_differences
 from flextok.evaluation.evaluated import AXES, Evaluated, Image, point_key
 from flextok.utils.checkpoint import atomic_path
 
@@ -42,6 +43,7 @@ def compare(runs: Sequence[Evaluated], *, seed: int = 0) -> dict[str, Any]:
         "resamples": RESAMPLES,
         "seed": seed,
         "differences": differences,
+        "targets": [row for other in runs[1:] for row in length_differences(first, other, images, seed)],
         "notes": notes,
         "protocols_differ_in": protocol_differences(runs),
     }
@@ -68,7 +70,7 @@ def _common_images(runs: Sequence[Evaluated]) -> list[Image]:
 def _differences(first: Evaluated, other: Evaluated, images: Sequence[Image], seed: int) -> list[dict[str, Any]]:
     rows: list[dict[str, Any]] = []
     columns = []
-    places = [[{image: row for row, image in enumerate(run.images)}[i] for i in images] for run in (first, other)]
+    places = [run.places(images) for run in (first, other)]
     for point in (point for point in first.per_image if point in other.per_image):
         ours, theirs = first.per_image[point], other.per_image[point]
         about = {"run": other.name, **dict(zip(AXES, point, strict=True))}

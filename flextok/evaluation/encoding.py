@@ -10,8 +10,9 @@ from torch import Tensor
 
 from flextok.attention.engine import record_backends
 from flextok.evaluation.images import Batches, ImageSetHash, numbered_images
-from flextok.evaluation.judges import Judges, PointMetrics, summary_row
+from flextok.evaluation.judges import Judges
 from flextok.evaluation.pictures import FirstImages
+from flextok.evaluation.point_metrics import PointMetrics, summary_row
 from flextok.evaluation.processes import joined
 from flextok.evaluation.settings import EvaluationSettings
 from flextok.evaluation.tokens import token_statistics
@@ -45,8 +46,8 @@ class EncodedSplit:
     vae_reconstructions: Tensor
     attention_backends: set[str]
 
-    def read_again(self, batches: Batches) -> Iterator[tuple[int, Tensor, Encoded]]:
-        """The same images `[B, 3, H, W]` again, with the number of their batch and their tokens.
+    def read_again(self, batches: Batches, device: torch.device) -> Iterator[tuple[int, Tensor, Encoded]]:
+        """The same images `[B, 3, H, W]` again, with the number of their batch and their tokens, on a device.
 
         Raises ValueError if they are other images.
         """
@@ -57,7 +58,8 @@ class EncodedSplit:
             encoded = left.pop(number, None)
             if encoded is None or encoded.keys != list(keys[: len(encoded.keys)]):
                 raise ValueError("the images changed while they were evaluated: other ones were read before")
-            yield number, images[: len(encoded.keys)], encoded
+            moved = replace(encoded, quants=[quants.to(device) for quants in encoded.quants])
+            yield number, images[: len(encoded.keys)].to(device), moved
             if not left:
                 return
         raise ValueError("the images changed while they were evaluated: there were more of them before")

@@ -75,10 +75,7 @@ class InceptionFeatures(FeatureExtractor):
     def __init__(self, *, path: str | Path) -> None:
         file = Path(path).expanduser()
         if not file.is_file():
-            raise MissingWeightsError(
-                f"{file} does not exist; put {INCEPTION_URL} there, or name another place: "
-                "evaluation.features.<name>.path=<file> or paths.weights=<folder>"
-            )
+            raise MissingWeightsError(f"{file} does not exist; put {INCEPTION_URL} there")
         try:
             self._network = torch.jit.load(file, map_location="cpu").eval()
         except RuntimeError as error:
@@ -114,7 +111,7 @@ class Dinov2Features(FeatureExtractor):
         try:
             teacher = FrozenTeacher.load(path, field="evaluation.features.<name>.path")
         except (ImportError, ValueError) as error:
-            raise MissingWeightsError(f"{error}; put such a folder at {path}, or name another") from error
+            raise MissingWeightsError(f"{error}; put such a folder at {path}") from error
         if image_size < 1 or image_size % teacher.patch_size:
             raise ValueError(
                 f"evaluation.features.<name>.image_size={image_size}: valid is a multiple of {teacher.patch_size}, "

@@ -29,6 +29,16 @@ class Curve(NamedTuple):
         steps = f"{self.steps} step{'s' if self.steps > 1 else ''}"
         return ", ".join([steps, *guidance, *(name for name in self[2:] if name is not None)])
 
+    @property
+    def columns(self) -> dict[str, Any]:
+        """Form and backend only where several are compared."""
+        return {name: value for name, value in self._asdict().items() if value is not None}
+
+    def passes(self, sampler: str) -> int:
+        """How often an image goes through the decoder, as far as an estimate of time needs it."""
+        evaluations = 2 * self.steps - 1 if sampler == "heun" else self.steps
+        return evaluations * (1 if self.guidance_scale == 1.0 else 2)
+
 
 class Point(NamedTuple):
     """How to decode all images once."""
@@ -38,8 +48,8 @@ class Point(NamedTuple):
 
     @property
     def columns(self) -> dict[str, Any]:
-        """The first columns of its results; form and backend only where several are compared."""
-        return {"keep_k": self.keep_k, **{name: v for name, v in self.curve._asdict().items() if v is not None}}
+        """The first columns of its results."""
+        return {"keep_k": self.keep_k, **self.curve.columns}
 
     @property
     def name(self) -> str:
@@ -52,9 +62,8 @@ class Point(NamedTuple):
         return f"{tokens_label(self.keep_k)}, {self.curve.label}"
 
     def passes(self, sampler: str) -> int:
-        """How often an image goes through the decoder, as far as an estimate of time needs it."""
-        evaluations = 2 * self.curve.steps - 1 if sampler == "heun" else self.curve.steps
-        return evaluations * (1 if self.curve.guidance_scale == 1.0 else 2)
+        """As those of its curve."""
+        return self.curve.passes(sampler)
 
 
 def tokens_label(keep_k: int) -> str:

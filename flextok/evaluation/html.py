@@ -24,11 +24,14 @@ section { background: #fff; border: 1px solid #dde3e9; border-radius: 8px; paddi
 p { margin: 0 0 12px; max-width: 80ch; }
 .lead, .note { color: #5b6873; }
 .scroll { overflow-x: auto; }
+.scroll + .scroll { margin-top: 14px; }
 table { border-collapse: collapse; font-size: 13px; font-variant-numeric: tabular-nums; }
 th, td { text-align: right; padding: 4px 12px 4px 0; border-bottom: 1px solid #e8ecf0; vertical-align: top; }
 th:first-child, td:first-child { text-align: left; }
-th { font-weight: 600; border-bottom-color: #b9c4ce; white-space: nowrap; }
-table.text td, table.text th { text-align: left; overflow-wrap: anywhere; }
+th, td { white-space: nowrap; }
+th { font-weight: 600; border-bottom-color: #b9c4ce; }
+table.text td, table.text th { text-align: left; }
+table.text td { overflow-wrap: anywhere; white-space: normal; min-width: 12ch; }
 table.text td:first-child { white-space: nowrap; }
 .scroll > img, .chart { max-width: 100%; height: auto; }
 .examples { display: flex; flex-wrap: wrap; gap: 14px; }
@@ -37,6 +40,11 @@ figure img { image-rendering: pixelated; margin-right: 4px; background: #e8ecf0;
 figcaption { font-size: 12px; color: #5b6873; max-width: 270px; overflow-wrap: anywhere; }
 summary { cursor: pointer; font-weight: 600; margin: 8px 0; }
 code { font-size: 12px; white-space: pre-wrap; }
+@media (max-width: 720px) {
+  main { padding: 20px 12px 40px; }
+  section { padding: 14px 14px; }
+  .scroll > .wide { max-width: none; width: 860px; }
+}
 """
 
 PNG, SVG = "image/png", "image/svg+xml"
@@ -78,15 +86,21 @@ def details(title: str, content: str, *, is_open: bool) -> str:
     return f"<details{' open' if is_open else ''}><summary>{escape(title)}</summary>\n{content}</details>\n"
 
 
-def picture(content: bytes, kind: str, alt: str, *, size: tuple[int, int] | None = None) -> str:
-    """An image file inside of the page, at `size` (width, height) in pixels or its own."""
-    shape = ' class="chart"' if size is None else f' width="{size[0]}" height="{size[1]}"'
+def picture(content: bytes, kind: str, alt: str, *, size: tuple[int, int] | None = None, is_wide: bool = False) -> str:
+    """An image file inside of the page, at `size` (width, height) in pixels or its own.
+
+    A wide one is not made to fit a narrow screen, where nothing in it could be read.
+    """
+    its_class = "chart wide" if is_wide else "chart"
+    shape = f' class="{its_class}"' if size is None else f' width="{size[0]}" height="{size[1]}"'
     return f'<img{shape} alt="{escape(alt)}" src="data:{kind};base64,{b64encode(content).decode()}">'
 
 
 def chart(figure: "Figure", alt: str) -> str:
     """A figure inside of the page."""
-    return picture(as_svg(figure), SVG, alt)
+    # More than one panel.
+    is_wide = bool(figure.get_figwidth() > 6)
+    return f'<div class="scroll">{picture(as_svg(figure), SVG, alt, is_wide=is_wide)}</div>\n'
 
 
 def settings_table(settings: Mapping[str, Any]) -> str:
@@ -101,4 +115,6 @@ def settings_table(settings: Mapping[str, Any]) -> str:
 
 def shown(value: Any) -> str:
     """A setting as text."""
-    return value if isinstance(value, str) else json.dumps(value, indent=1 if isinstance(value, dict) else None)
+    if isinstance(value, str):
+        return value
+    return json.dumps(value, indent=1 if isinstance(value, dict) else None, ensure_ascii=False)

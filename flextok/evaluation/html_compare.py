@@ -30,6 +30,7 @@ def write_comparison(comparison: Mapping[str, Any], runs: Sequence[Evaluated], p
             "Rate and distortion", html.chart(plot.rate_distortion(curves, None, known), "metrics over tokens")
         ),
         _differences(comparison, about_intervals),
+        *([_targets(comparison)] if comparison["targets"] else []),
         html.section("Tokens", html.chart(plot.entropy_of_positions(tokens), "entropy by position")),
         html.section("Throughput", html.chart(plot.throughput(curves), "images per second over tokens")),
         html.section("Reconstructions", *(_grid(run) for run in runs)),
@@ -61,6 +62,19 @@ def difference_cells(comparison: Mapping[str, Any]) -> list[list[str]]:
     return [["run", "point", *metrics], *body]
 
 
+def target_cells(comparison: Mapping[str, Any]) -> list[list[str]]:
+    """How many tokens images need, as text: a header, and a line per run and target."""
+    lines: dict[tuple[str, str], list[str]] = {}
+    for row in comparison["targets"]:
+        cells = lines.setdefault((row["run"], f"{row['target']}, {plot.curve_label(row)}"), [])
+        cells += [f"{row['baseline']:.2f}", f"{row['value']:.2f}", difference_text(row)]
+        if row["metric"] == "bits":
+            cells += [f"{row['baseline_not_met']:.1%}", f"{row['not_met']:.1%}"]
+    units = [f"{unit}{what}" for unit in ("tokens", "bits") for what in (" before", "", " difference")]
+    header = ["run", "target", *units, "not met before", "not met"]
+    return [header, *([*place, *cells] for place, cells in lines.items())]
+
+
 def difference_text(row: Mapping[str, Any]) -> str:
     """Such as `+0.42 [+0.31, +0.53]`, with as many digits as the smallest of the numbers needs."""
     numbers = [row["difference"], *(row[name] for name in ("low", "high") if row[name] is not None)]
@@ -72,18 +86,23 @@ def difference_text(row: Mapping[str, Any]) -> str:
 
 def format_comparison(comparison: Mapping[str, Any]) -> str:
     """The differences as aligned text, and what else is to be known."""
-    lines = difference_cells(comparison)
-    widths = [max(len(line[column]) for line in lines) for column in range(len(lines[0]))]
-    table = ["  ".join(cell.ljust(w) for cell, w in zip(line, widths, strict=True)).rstrip() for line in lines]
+    table = _aligned(difference_cells(comparison))
+    targets = _aligned(target_cells(comparison))
     differ = ", ".join(comparison["protocols_differ_in"])
     return "\n".join(
         [
             f"differences to {comparison['baseline']} over {comparison['num_images']} images",
-            *(table if len(lines) > 1 else []),
+            *(table if len(table) > 1 else []),
+            *(targets if len(targets) > 1 else []),
             *comparison["notes"],
             f"the protocols differ in: {differ or 'nothing'}",
         ]
     )
+
+
+def _aligned(lines: Sequence[Sequence[str]]) -> list[str]:
+    widths = [max(len(line[column]) for line in lines) for column in range(len(lines[0]))]
+    return ["  ".join(cell.ljust(w) for cell, w in zip(line, widths, strict=True)).rstrip() for line in lines]
 
 
 def _runs(comparison: Mapping[str, Any]) -> str:
@@ -102,6 +121,15 @@ def _differences(comparison: Mapping[str, Any], about: str) -> str:
         html.chart(figure, "differences over tokens"),
         html.table(cells[0], cells[1:]),
     )
+
+
+def _targets(comparison: Mapping[str, Any]) -> str:
+    cells = target_cells(comparison)
+    about = (
+        f"Means over images, and how the run differs from {comparison['baseline']}. An image that does not meet the "
+        "target counts with all tokens of its model."
+    )
+    return html.section("Tokens an image needs", html.paragraph(about), html.table(cells[0], cells[1:]))
 
 
 def _grid(run: Evaluated) -> str:

@@ -10,6 +10,8 @@ from PIL import Image
 from torch import Tensor
 
 from flextok.evaluation import html, plot
+from flextok.evaluation.histogram import histograms
+from flextok.evaluation.lengths import SHARES
 from flextok.evaluation.pictures import Example
 from flextok.evaluation.sweep import SweepResult
 from flextok.pictures import tile_size
@@ -27,6 +29,7 @@ def write_html(
     sections = [
         html.section("Results", html.table(cells[0], cells[1:]), _missing(metrics)),
         _rate_distortion(metrics),
+        *([_targets(sweep, metrics)] if metrics["targets"] else []),
         _tokens(metrics["tokens"]),
         html.section(
             "Throughput",
@@ -56,6 +59,41 @@ def _rate_distortion(metrics: Mapping[str, Any]) -> str:
     figure = plot.rate_distortion(plot.curves_of(results), vae, known)
     note = "Bars are standard errors; dotted is what the VAE alone loses."
     return html.section("Rate and distortion", html.paragraph(note), html.chart(figure, "metrics over tokens"))
+
+
+_ABOUT_TARGETS = (
+    "Of each image the fewest tokens that reconstruct it this well, found by bisection. Means are over the images that "
+    "meet the target. Under a share of all images: how many tokens are enough for so many of them, if any are."
+)
+# Title, column of the row, form.
+_TARGET_COLUMNS = (
+    *(("tokens", "tokens", ".2f"), ("bits", "bits_per_image", ".1f"), ("bits per pixel", "bits_per_pixel", ".4f")),
+    *((f"{share:.0%}", f"tokens_{name}", "d") for name, share in SHARES.items()),
+    ("not met", "not_met", ".1%"),
+)
+
+
+def _targets(sweep: SweepResult, metrics: Mapping[str, Any]) -> str:
+    rows = metrics["targets"]
+    has_curves = len({search.curve for search in sweep.searches}) > 1
+    titles = [search.label if has_curves else str(search.target) for search in sweep.searches]
+    cells = [
+        [title, *(_number(row[name], form) for _, name, form in _TARGET_COLUMNS)]
+        for title, row in zip(titles, rows, strict=True)
+    ]
+    measured = {
+        title: (numbers.per_image["tokens"], search.longest)
+        for title, search, numbers in zip(titles, sweep.searches, sweep.lengths, strict=True)
+        if numbers is not None
+    }
+    chart = html.chart(histograms(measured), "share of images by number of tokens") if measured else ""
+    missing = [html.paragraph(f"{row['target']} is missing: {row['missing']}") for row in rows if "missing" in row]
+    table = html.table(["target", *(title for title, _, _ in _TARGET_COLUMNS)], cells)
+    return html.section("Tokens an image needs", html.paragraph(_ABOUT_TARGETS), table, *missing, chart)
+
+
+def _number(value: Any, form: str) -> str:
+    return "-" if value is None else format(value, form)
 
 
 def _tokens(tokens: Mapping[str, Any]) -> str:

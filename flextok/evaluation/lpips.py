@@ -101,10 +101,7 @@ def _unit(features: Tensor) -> Tensor:
 
 def _read(file: Path, *, hint: str) -> dict[str, Any]:
     if not file.is_file():
-        raise MissingWeightsError(
-            f"{file} does not exist; put {hint} there, or name another place: evaluation.distances.<name>.path=<file> "
-            "or paths.weights=<folder>"
-        )
+        raise MissingWeightsError(f"{file} does not exist; put {hint} there")
     try:
         if file.suffix == ".safetensors":
             from safetensors.torch import load_file

@@ -49,8 +49,8 @@ def known_metrics(results: Iterable[Mapping[str, Any]]) -> list[str]:
 
 def rate_distortion(curves: Curves, vae: Mapping[str, Any] | None, metrics: Sequence[str]) -> "Figure":
     """A panel per metric over `keep_k`; bars are standard errors, dashed is the VAE alone."""
-    figure, panels = _panels(len(metrics))
-    for axes, name in zip(panels, metrics, strict=False):
+    figure, all_axes = panels(len(metrics))
+    for axes, name in zip(all_axes, metrics, strict=False):
         for index, (label, rows) in enumerate(curves.items()):
             errors = [row.get(f"{name}_se") or 0.0 for row in rows]
             _curve(axes, index, [row["keep_k"] for row in rows], [row[name] for row in rows], errors, label)
@@ -58,15 +58,15 @@ def rate_distortion(curves: Curves, vae: Mapping[str, Any] | None, metrics: Sequ
         if vae is not None and vae["psnr"] < PSNR_CAP:
             axes.axhline(vae[name], linestyle=":", linewidth=1, color=BOUND, label="VAE only")
         _over_tokens(axes, curves, TITLES.get(name, name))
-    _legend(panels[0])
+    _legend(all_axes[0])
     return figure
 
 
 def differences(rows: Rows) -> "Figure":
     """A panel per metric: differences over `keep_k` by run and curve; bars are confidence intervals."""
     names = list(dict.fromkeys(row["metric"] for row in rows))
-    figure, panels = _panels(len(names))
-    for axes, name in zip(panels, names, strict=False):
+    figure, all_axes = panels(len(names))
+    for axes, name in zip(all_axes, names, strict=False):
         curves: dict[str, list[Mapping[str, Any]]] = {}
         for row in rows:
             if row["metric"] == name:
@@ -81,13 +81,13 @@ def differences(rows: Rows) -> "Figure":
         axes.axhline(0, linewidth=1, color=BOUND)
         _token_axis(axes, {row["keep_k"]: str(row["keep_k"]) for row in rows}, "tokens kept")
         axes.set_ylabel(f"difference, {TITLES.get(name, name)}")
-    _legend(panels[0])
+    _legend(all_axes[0])
     return figure
 
 
 def throughput(curves: Curves) -> "Figure":
     """Images per second of one process over `keep_k`."""
-    figure, (axes,) = _panels(1)
+    figure, (axes,) = panels(1)
     for index, (label, rows) in enumerate(curves.items()):
         speeds = [1 / row["seconds_per_image"] for row in rows]
         axes.plot([row["keep_k"] for row in rows], speeds, marker="o", markersize=4, **_style(index), label=label)
@@ -99,7 +99,7 @@ def throughput(curves: Curves) -> "Figure":
 
 def entropy_of_positions(tokens: Mapping[str, Mapping[str, Any]]) -> "Figure":
     """Entropy of the ids at each position, by label; dotted is the most that so many images could show."""
-    figure, (axes,) = _panels(1)
+    figure, (axes,) = panels(1)
     for index, (label, statistics) in enumerate(tokens.items()):
         values = statistics["entropy_bits_per_position"]
         axes.plot(range(1, len(values) + 1), values, linewidth=1.2, **_style(index), label=label)
@@ -122,20 +122,23 @@ def as_svg(figure: "Figure") -> bytes:
     return file.getvalue()
 
 
-def _panels(count: int) -> "tuple[Figure, list[Axes]]":
+def panels(count: int) -> "tuple[Figure, list[Axes]]":
+    """A figure of so many panels, and perhaps some that are not seen."""
     # Without pyplot there is no global state and no display: a bare Figure draws with Agg.
     from matplotlib.figure import Figure
 
-    columns = min(count, COLUMNS)
+    columns = 2 if count == 4 else min(count, COLUMNS)
     rows = math.ceil(count / columns)
-    figure = Figure(figsize=(max(4.5, 4.2 * columns), 3.4 * rows), layout="constrained")
-    panels: list[Axes] = list(figure.subplots(rows, columns, squeeze=False).flat)
-    for axes in panels:
+    figure = Figure(figsize=(max(4.5, 4.2 * columns), 3.4 * rows))
+    figure.set_layout_engine("constrained", h_pad=0.08, w_pad=0.08)
+    found: list[Axes] = list(figure.subplots(rows, columns, squeeze=False).flat)
+    for axes in found:
         axes.grid(alpha=0.25)
+        axes.set_axisbelow(True)
         axes.spines[["top", "right"]].set_visible(False)
-    for axes in panels[count:]:
+    for axes in found[count:]:
         axes.set_visible(False)
-    return figure, panels
+    return figure, found
 
 
 def _curve(

@@ -1,8 +1,9 @@
 """What was measured at one point of a sweep, as files: each is whole or not there, so a sweep can go on after anything.
 
 A point is `<name>.parquet` with a row per image, and numbers of the whole set in the metadata of its schema, and
-`<name>.safetensors` with a few pictures. The table is written last. Points lie in a folder whose name stands for all
-that decides their numbers, so that none is ever mistaken for that of another model, data set or setting.
+`<name>.safetensors` with a few pictures. The table is written last; a search for the shortest prefixes has no pictures.
+They lie in a folder whose name stands for all that decides their numbers, so that none is ever mistaken for that of
+another model, data set or setting.
 """
 
 import hashlib
@@ -11,7 +12,7 @@ import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -23,13 +24,16 @@ from flextok.evaluation.pictures import EXTREMES, Example, PointPictures
 from flextok.provenance import code_sha256
 from flextok.utils.checkpoint import atomic_path
 
+if TYPE_CHECKING:
+    from flextok.evaluation.lengths import Search
+
 logger = logging.getLogger(__name__)
 
 _METADATA = b"flextok"
 # Of the protocol: what points differ in, and what says where something is, which does not decide a number. Of the code
 # there is a sum, which changes with every file of it, committed or not.
 _NOT_IDENTITY = (
-    *("keep_ks", "steps", "guidance_scale", "forms", "backends"),
+    *("keep_ks", "steps", "guidance_scale", "forms", "backends", "targets"),
     *("checkpoint", "weights_file", "num_images_requested", "import_references", "git_revision", "metrics"),
 )
 _NOT_IDENTITY_OF_DATA = ("num_workers", "batch_size", "eval_batch_size")
@@ -37,11 +41,14 @@ _NOT_IDENTITY_OF_DATA = ("num_workers", "batch_size", "eval_batch_size")
 
 @dataclass(frozen=True, kw_only=True)
 class PointNumbers:
-    """Numbers of each image, in the order of keys (NaN where there is none), those of the whole set, and the time."""
+    """Numbers of each image, in the order of keys (NaN where there is none), those of the whole set, and the time.
+
+    Searches have no time.
+    """
 
     per_image: dict[str, list[float]]
     of_sets: dict[str, float | None]
-    seconds_per_image: float
+    seconds_per_image: float | None
     attention_backends: list[str]
 
 
@@ -52,41 +59,46 @@ class PointStore:
         self._folder = folder / fingerprint
         self._keys = [text(key) for key in keys]
 
-    def has(self, point: Point) -> bool:
-        """Whether a point can be read; one that is damaged is logged."""
-        if not self._table(point).exists():
+    def has(self, item: "Point | Search") -> bool:
+        """Whether it can be read; one that is damaged is logged."""
+        if not self._table(item).exists():
             return False
         try:
-            self.numbers(point)
-            self.pictures(point)
+            self.numbers(item)
+            if isinstance(item, Point):
+                self.pictures(item)
         except ValueError as error:
             logger.warning("%s; it is measured again", error)
             return False
         return True
 
-    def save(self, point: Point, numbers: PointNumbers, pictures: PointPictures) -> None:
-        """Write both files."""
+    def save(self, item: "Point | Search", numbers: PointNumbers, pictures: PointPictures | None = None) -> None:
+        """Write both files, or the table alone where there are no pictures."""
         import pyarrow as pa
         from pyarrow import parquet
 
+        if pictures is not None:
+            self._save_pictures(item, pictures)
+        about = {**asdict(numbers), "per_image": None}
+        table = pa.table({"key": self._keys, **numbers.per_image})
+        with atomic_path(self._table(item)) as temporary:
+            parquet.write_table(table.replace_schema_metadata({_METADATA: json.dumps(about)}), temporary)
+
+    def _save_pictures(self, item: "Point | Search", pictures: PointPictures) -> None:
         tensors = {"first": pictures.first}
         for kind, examples in pictures.extremes.items():
             pairs = enumerate(examples)
             tensors |= {f"{kind}_{i}": torch.stack([e.original, e.reconstruction]) for i, e in pairs}
         labels = {kind: json.dumps([(e.psnr, e.key) for e in found]) for kind, found in pictures.extremes.items()}
-        with atomic_path(self._pictures(point)) as temporary:
+        with atomic_path(self._pictures(item)) as temporary:
             save_file(tensors, temporary, metadata=labels)
-        about = {**asdict(numbers), "per_image": None}
-        table = pa.table({"key": self._keys, **numbers.per_image})
-        with atomic_path(self._table(point)) as temporary:
-            parquet.write_table(table.replace_schema_metadata({_METADATA: json.dumps(about)}), temporary)
 
-    def numbers(self, point: Point) -> PointNumbers:
+    def numbers(self, item: "Point | Search") -> PointNumbers:
         """Raises ValueError where the file is damaged."""
         import pyarrow as pa
         from pyarrow import parquet
 
-        file = self._table(point)
+        file = self._table(item)
         try:
             table = parquet.read_table(file)
             about = json.loads((table.schema.metadata or {})[_METADATA])
@@ -112,11 +124,11 @@ class PointStore:
         except (OSError, ValueError, KeyError, TypeError, AttributeError, SafetensorError) as error:
             raise ValueError(f"{file} is damaged ({error})") from error
 
-    def _table(self, point: Point) -> Path:
-        return self._folder / f"{point.name}.parquet"
+    def _table(self, item: "Point | Search") -> Path:
+        return self._folder / f"{item.name}.parquet"
 
-    def _pictures(self, point: Point) -> Path:
-        return self._folder / f"{point.name}.safetensors"
+    def _pictures(self, item: "Point | Search") -> Path:
+        return self._folder / f"{item.name}.safetensors"
 
 
 def fingerprint(protocol: Mapping[str, Any], **more: Any) -> str:

@@ -49,6 +49,7 @@ def build_protocol(
         "guidance_every": settings.guidance_every,
         "forms": None if settings.forms is None else list(settings.forms),
         "backends": None if settings.backends is None else list(settings.backends),
+        "targets": None if settings.targets is None else [str(target) for target in settings.targets],
         "weights": weights,
         "seed": settings.seed,
         "features": settings.features,
@@ -95,6 +96,8 @@ def metric_definitions(image_sizes: list[list[int]]) -> dict[str, Any]:
         "ms_ssim_window": "11, sigma 1.5; borders left out, at the last scale reflected; negative parts count as zero",
         "fid": "Fréchet distance of features to those of the same images as they were read; float64, squared",
         "kid": "kernel (x·y / D + 1)^3, unbiased, mean over disjoint subsets; _se is the standard error of that mean",
+        "targets": "fewest tokens that meet it, by bisection from 1 to all of them for each image; null if all fail",
+        "targets_of_features": "1 - cosine of the features of image and reconstruction, in float64",
         "seconds_per_image": "decoding with the VAE, on one process; without its first batch where there are several",
     }
 

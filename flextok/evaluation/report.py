@@ -6,12 +6,13 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from torch import Tensor
 
 from flextok.evaluation.grid import Curve, tokens_label
 from flextok.evaluation.html_report import write_html
 from flextok.evaluation.pictures import as_floats
-from flextok.evaluation.plot import curves_of, rate_distortion
+from flextok.evaluation.plot import curve_label, curves_of, rate_distortion
 from flextok.evaluation.points import text as key_text
 from flextok.evaluation.reconstruction import PSNR_CAP
 from flextok.evaluation.sweep import SweepResult
@@ -48,9 +49,11 @@ def write_report(sweep: SweepResult, protocol: Mapping[str, Any], folder: Path) 
         "results": sweep.results,
         "vae": sweep.encoded.vae,
         "tokens": sweep.encoded.tokens,
+        "targets": sweep.targets,
     }
     write_csv(sweep.results, folder / "metrics.csv")
     write_parquet(sweep, folder / "results.parquet")
+    write_lengths(sweep, folder / "lengths.parquet")
     figure = rate_distortion(curves_of(sweep.results), sweep.encoded.vae, ("psnr", "ssim"))
     with atomic_path(folder / "rate_distortion.png") as temporary:
         figure.savefig(temporary, dpi=150, format="png")
@@ -90,6 +93,35 @@ def write_parquet(sweep: SweepResult, path: Path) -> None:
         parquet.write_table(pa.concat_tables(tables), temporary)
 
 
+def write_lengths(sweep: SweepResult, path: Path) -> None:
+    """One row per target, curve and image: the tokens that the image needs, null where all are not enough, and bits.
+
+    Where nobody asked, or all networks are missing, there is no such file; one of an earlier evaluation is removed.
+    """
+    import pyarrow as pa
+    from pyarrow import parquet
+
+    encoded = sweep.encoded
+    images = {"key": [key_text(key) for key in encoded.keys], "image_sha256": encoded.sums}
+    tables = []
+    for search, numbers in zip(sweep.searches, sweep.lengths, strict=True):
+        if numbers is not None:
+            about = {name: [value] * len(encoded.keys) for name, value in search.columns.items()}
+            tokens = np.array(numbers.per_image["tokens"])
+            bits = tokens * encoded.tokens["bits_per_token"]
+            columns = {
+                "tokens": pa.array(tokens, from_pandas=True).cast(pa.int32()),
+                "bits": pa.array(bits, from_pandas=True),
+                "bits_per_pixel": pa.array(bits / np.array(numbers.per_image["pixels"]), from_pandas=True),
+            }
+            tables.append(pa.table({**about, **images, **columns}))
+    if not tables:
+        path.unlink(missing_ok=True)
+        return
+    with atomic_path(path) as temporary:
+        parquet.write_table(pa.concat_tables(tables), temporary)
+
+
 def grid_rows(sweep: SweepResult) -> dict[str, Tensor]:
     """Labelled rows of the picture, `[N, 3, H, W]` in [-1, 1]: original, VAE reconstruction, then every point."""
     encoded = sweep.encoded
@@ -114,7 +146,22 @@ def format_table(metrics: Mapping[str, Any]) -> str:
         f"entropy {tokens['entropy_bits_mean']:.2f} of {tokens['bits_per_token']:.2f} bits per token"
     )
     reasons = metrics["vae"].get("missing")
-    return "\n".join([*table, summary, *([f"missing: {reasons}"] if reasons else [])]) + "\n"
+    lengths = [target_line(row) for row in metrics["targets"]]
+    return "\n".join([*table, summary, *lengths, *([f"missing: {reasons}"] if reasons else [])]) + "\n"
+
+
+def target_line(row: Mapping[str, Any]) -> str:
+    """What came of one target, as a sentence."""
+    start = f"{row['target']}, {curve_label(row)}: "
+    if "missing" in row:
+        return f"{start}not measured, for its network is missing"
+    failed = f"{row['not_met']:.1%} of the images do not meet it with all tokens"
+    if row["tokens"] is None:
+        return start + failed
+    return (
+        f"{start}{row['tokens']:.1f} tokens per image, {row['bits_per_image']:.1f} bits, "
+        f"{row['bits_per_pixel']:.4f} bits per pixel; {failed}"
+    )
 
 
 def table_cells(metrics: Mapping[str, Any]) -> list[list[str]]:

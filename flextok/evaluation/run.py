@@ -13,6 +13,7 @@ from flextok.evaluation.encoding import encode_split
 from flextok.evaluation.grid import check_forms, make_grid
 from flextok.evaluation.images import Batches
 from flextok.evaluation.judges import build_judges
+from flextok.evaluation.lengths import make_searches
 from flextok.evaluation.points import PointStore, fingerprint
 from flextok.evaluation.processes import joined_processes, of_first_process
 from flextok.evaluation.protocol import build_protocol
@@ -69,7 +70,9 @@ def _run(config: DictConfig, settings: EvaluationSettings, device: torch.device)
     )
     store = PointStore(folder / "points", fingerprint(protocol, grid_images=settings.grid_images), encoded.keys)
     points = make_grid(settings, keep_ks)
-    sweep = run_points(model, encoded, batches, points, settings, device=device, judges=judges, store=store)
+    curves = list(dict.fromkeys(point.curve for point in points))
+    searches = make_searches(settings.targets or (), curves, model.num_registers)
+    sweep = run_points(model, encoded, batches, points, searches, settings, device=device, judges=judges, store=store)
     protocol["attention_backends"] = sweep.attention_backends
     return of_first_process(lambda: write_report(sweep, protocol, folder)), folder
 

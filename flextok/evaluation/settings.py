@@ -7,6 +7,7 @@ from typing import Any, Literal, get_args
 
 from flextok.attention.engine import BackendChoice
 from flextok.evaluation.reconstruction import METRICS
+from flextok.evaluation.targets import Target
 from flextok.flow_matching.sampling import check_sampling
 from flextok.model.keep_k import default_keep_ks
 
@@ -40,6 +41,7 @@ class EvaluationSettings:
     grid_images: int
     forms: tuple[str, ...] | None
     backends: tuple[str, ...] | None
+    targets: tuple[Target, ...] | None
     resume: bool
     device: str
     features: dict[str, dict[str, Any]]
@@ -72,6 +74,7 @@ class EvaluationSettings:
         # Those of `keep_ks` are checked when the model is known.
         for name in ("keep_ks", "forms", "backends"):
             typed[name] = None if values[name] is None else tuple(_listed(values[name]))
+        typed["targets"] = None if values["targets"] is None else _targets(values)
         return cls(**{**values, **typed})
 
 
@@ -131,6 +134,22 @@ def _check_axes(values: Mapping[str, Any]) -> None:
     for name, choices in (("forms", FORMS), ("backends", get_args(BackendChoice))):
         for value in [] if values[name] is None else _listed(values[name]):
             _require_choice(name, value, choices)
+
+
+def _targets(values: Mapping[str, Any]) -> tuple[Target, ...]:
+    names = [*values["distances"], *values["features"]]
+    texts = _listed(values["targets"])
+    try:
+        targets = [Target.parse(str(text), networks=names) for text in texts]
+    except ValueError as error:
+        raise ValueError(
+            f"evaluation.targets: {error}; other names are those of networks, as with evaluation/distances=lpips"
+        ) from error
+    unclear = [target for target in targets if names.count(target.metric) > 1]
+    if unclear or not targets:
+        which = f"{unclear[0].metric!r} names two networks" if unclear else "null means none"
+        raise ValueError(f"evaluation.targets={texts!r}: {which}; valid: targets such as psnr=24")
+    return tuple(dict.fromkeys(targets))
 
 
 def _listed(value: Any) -> list[Any]:

@@ -4,7 +4,7 @@ import logging
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -15,8 +15,10 @@ from flextok.data.samplers import rank_and_world_size
 from flextok.evaluation.encoding import EncodedSplit
 from flextok.evaluation.grid import Point, decode_options, prepare
 from flextok.evaluation.images import Batches
-from flextok.evaluation.judges import Judges, PointMetrics, summary_row
+from flextok.evaluation.judges import Judges
+from flextok.evaluation.lengths import Search, measure_lengths, reason_missing, summarize_lengths
 from flextok.evaluation.pictures import Extremes, FirstImages, PointPictures
+from flextok.evaluation.point_metrics import PointMetrics, summary_row
 from flextok.evaluation.points import PointNumbers, PointStore
 from flextok.evaluation.processes import joined, of_first_process
 from flextok.evaluation.progress import Progress
@@ -28,18 +30,25 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True, kw_only=True)
 class SweepResult:
-    """The encoded images, and for each point its numbers, a row of them ready for JSON, and its pictures."""
+    """The encoded images, for each point its numbers, a row of them ready for JSON, and its pictures.
+
+    Of a search for the shortest prefixes there are no pictures, and no numbers if its network is missing.
+    """
 
     encoded: EncodedSplit
     points: list[Point]
     numbers: list[PointNumbers]
     results: list[dict[str, Any]]
     pictures: list[PointPictures]
+    searches: list[Search]
+    lengths: list[PointNumbers | None]
+    targets: list[dict[str, Any]]
 
     @property
     def attention_backends(self) -> list[str]:
         """All that answered anywhere."""
-        return sorted(self.encoded.attention_backends.union(*(point.attention_backends for point in self.numbers)))
+        found = (*self.numbers, *(lengths for lengths in self.lengths if lengths is not None))
+        return sorted(self.encoded.attention_backends.union(*(numbers.attention_backends for numbers in found)))
 
 
 @torch.no_grad()
@@ -48,35 +57,50 @@ def run_points(
     encoded: EncodedSplit,
     batches: Batches,
     points: Sequence[Point],
+    searches: Sequence[Search],
     settings: EvaluationSettings,
     *,
     device: torch.device,
     judges: Judges,
     store: PointStore,
 ) -> SweepResult:
-    """Measure the points that are not in the store yet, or all of them without `settings.resume`; call on every rank.
+    """Measure what is not in the store yet, or all of it without `settings.resume`; call on every rank.
 
     `batches` are those that were encoded, from the start each time they are iterated.
     """
-    there = of_first_process(lambda: [settings.resume and store.has(point) for point in points])
-    missing = [point for point, is_there in zip(points, there, strict=True) if not is_there]
-    if len(missing) < len(points):
-        logger.info("%d of %d points were measured before", len(points) - len(missing), len(points))
+    reasons = {search: reason_missing(search, judges) for search in searches}
+    items: list[Point | Search] = [*points, *(search for search in searches if reasons[search] is None)]
+    there = of_first_process(lambda: [settings.resume and store.has(item) for item in items])
+    missing = [item for item, is_there in zip(items, there, strict=True) if not is_there]
+    if len(missing) < len(items):
+        logger.info("%d of %d points were measured before", len(items) - len(missing), len(items))
     progress = Progress(
-        [point.passes(settings.sampler) for point in missing],
+        [item.passes(settings.sampler) for item in missing],
         sum(len(batch.keys) for batch in encoded.batches.values()),
         num_processes=rank_and_world_size()[1],
     )
-    for point in missing:
-        measured = _measure(model, encoded, batches, point, settings, device, judges, progress.add)
-        of_first_process(partial(store.save, point, *measured))
-        progress.end_point(point.label)
+    for item in missing:
+        more = (settings, device, judges, progress.add)
+        if isinstance(item, Point):
+            of_first_process(partial(store.save, item, *_measure(model, encoded, batches, item, *more)))
+        else:
+            of_first_process(partial(store.save, item, measure_lengths(model, encoded, batches, item, *more)))
+        progress.end_point(item.label)
     # As they were stored, so that a sweep in several parts gives what one in one part gives.
     numbers, pictures = of_first_process(
-        lambda: ([store.numbers(point) for point in points], [store.pictures(point) for point in points])
+        lambda: ({item: store.numbers(item) for item in items}, [store.pictures(point) for point in points])
     )
-    rows = [_row(point, found, encoded, judges) for point, found in zip(points, numbers, strict=True)]
-    return SweepResult(encoded=encoded, points=list(points), numbers=numbers, results=rows, pictures=pictures)
+    bits = encoded.tokens["bits_per_token"]
+    return SweepResult(
+        encoded=encoded,
+        points=list(points),
+        numbers=[numbers[point] for point in points],
+        results=[_row(point, numbers[point], encoded, judges) for point in points],
+        pictures=pictures,
+        searches=list(searches),
+        lengths=[numbers.get(search) for search in searches],
+        targets=[summarize_lengths(search, numbers.get(search), bits, reasons[search]) for search in searches],
+    )
 
 
 def _measure(
@@ -94,9 +118,7 @@ def _measure(
     metrics, clock = PointMetrics(judges, settings), _Clock(device)
     first, extremes = FirstImages(settings.grid_images), Extremes()
     with record_backends() as backends:
-        for number, images, batch in encoded.read_again(batches):
-            images = images.to(device)
-            batch = replace(batch, quants=[quants.to(device) for quants in batch.quants])
+        for number, images, batch in encoded.read_again(batches, device):
             with clock.measure(len(batch.keys)):
                 decoded = decode_tokens(model, batch, keep_k=point.keep_k, seed=settings.seed, **options)
             metrics.add(images, decoded, batch.keys)

@@ -23,6 +23,9 @@ STATUS = "status.json"
 SUMMARY = "summary.csv"
 OVER_SEEDS = "summary_over_seeds.csv"
 METRICS = ("val/flow_loss", "train/loss", "psnr")
+# Which point of an evaluation the PSNR is of.
+PSNR_AT = "psnr at"
+_AXES = ("keep_k", "steps", "guidance_scale", "form", "backend")
 # Overrides that say where and how a run ran, not what it was.
 _NOT_SETTINGS = ("ckpt_path", "paths", "logger", "hparams_search", "optimized_metric")
 
@@ -72,11 +75,16 @@ def write_summary(sweep: Path) -> list[Row]:
 
 
 def over_seeds(rows: Sequence[Row]) -> list[Row]:
-    """One row per setting with several seeds: how many runs were completed, mean and deviation of each metric."""
+    """One row per setting with several seeds: how many runs were completed, mean and deviation of each metric.
+
+    PSNRs of different points have no mean.
+    """
     groups: dict[tuple[tuple[str, Any], ...], list[Row]] = {}
     for row in rows:
         setting = {
-            name: value for name, value in row.items() if name not in ("run", "status", "error", "step", *METRICS)
+            name: value
+            for name, value in row.items()
+            if name not in ("run", "status", "error", "step", *METRICS, PSNR_AT)
         }
         groups.setdefault(tuple((name, value) for name, value in setting.items() if name != "seed"), []).append(row)
     if all(len({row.get("seed") for row in group}) < 2 for group in groups.values()):
@@ -87,8 +95,11 @@ def over_seeds(rows: Sequence[Row]) -> list[Row]:
         entry: Row = {**dict(pairs), "runs": len(completed)}
         for name in METRICS:
             values = [row[name] for row in completed if row.get(name) is not None]
-            if values:
+            points = {row[PSNR_AT] for row in completed if name == "psnr" and row.get(PSNR_AT) is not None}
+            if values and len(points) < 2:
                 entry |= {f"{name} mean": mean(values), f"{name} std": stdev(values) if len(values) > 1 else None}
+                if points:
+                    entry[PSNR_AT] = points.pop()
         summary.append(entry)
     return summary
 
@@ -143,13 +154,13 @@ def _row(folder: Path) -> Row:
     return {"run": folder.name, **settings, "status": status["status"], **known, "error": status.get("error")}
 
 
-def _evaluated(folder: Path) -> dict[str, float]:
-    """The PSNR at most tokens, where `eval.py` has judged the run."""
+def _evaluated(folder: Path) -> Row:
+    """The PSNR at most tokens, where `eval.py` has judged the run, and the point it is of: of several the first."""
     path = folder / "evaluation" / "metrics.json"
     if not path.exists():
         return {}
     best = max(json.loads(path.read_text(encoding="utf-8"))["results"], key=lambda result: result["keep_k"])
-    return {"psnr": best["psnr"]}
+    return {"psnr": best["psnr"], PSNR_AT: " ".join(f"{name}={best[name]}" for name in _AXES if name in best)}
 
 
 def _run_folder(config: DictConfig) -> Path:

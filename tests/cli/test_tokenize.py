@@ -234,7 +234,7 @@ def test_a_target_stores_as_many_tokens_as_it_takes(images, model, tokens, tmp_p
 def test_a_target_has_a_metric_and_a_number(images, model, tmp_path, capsys):
     with pytest.raises(SystemExit):
         tokenize(images, tmp_path, model, "--target", "psnr")
-    assert "valid are psnr=NUMBER and ssim=NUMBER" in capsys.readouterr().err
+    assert "valid are psnr=NUMBER, ssim=NUMBER, lpips=NUMBER" in capsys.readouterr().err
 
 
 # --- interruptions ----------------------------------------------------------------------------------------------------

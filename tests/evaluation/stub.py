@@ -10,6 +10,7 @@ from torch import nn
 from flextok.evaluation.encoding import encode_split
 from flextok.evaluation.grid import make_grid
 from flextok.evaluation.judges import NO_JUDGES
+from flextok.evaluation.lengths import make_searches
 from flextok.evaluation.points import PointStore
 from flextok.evaluation.settings import EvaluationSettings, resolve_keep_ks
 from flextok.evaluation.sweep import run_points
@@ -31,6 +32,7 @@ SETTINGS = {
     "grid_images": 3,
     "forms": None,
     "backends": None,
+    "targets": None,
     "resume": True,
     "device": "cpu",
     "features": {},
@@ -95,8 +97,12 @@ def run_sweep(model, batches, options, judges=NO_JUDGES, folder=None):
     with TemporaryDirectory() as temporary:
         encoded = encode_split(model, batches, settings, device=device, judges=judges)
         points = make_grid(settings, resolve_keep_ks(settings.keep_ks, model.num_registers))
+        curves = list(dict.fromkeys(point.curve for point in points))
+        searches = make_searches(settings.targets or (), curves, model.num_registers)
         store = PointStore(Path(folder or temporary), "points", encoded.keys)
-        return run_points(model, encoded, batches, points, settings, device=device, judges=judges, store=store)
+        return run_points(
+            model, encoded, batches, points, searches, settings, device=device, judges=judges, store=store
+        )
 
 
 def settings_with(**options):

@@ -13,7 +13,7 @@ from flextok.evaluation import bootstrap
 from flextok.evaluation.bootstrap import paired_bootstrap
 from flextok.evaluation.compare import compare
 from flextok.evaluation.evaluated import read_evaluation
-from flextok.evaluation.html_compare import difference_text, format_comparison
+from flextok.evaluation.html_compare import difference_text, format_comparison, write_comparison
 from tests.evaluation.pages import read_page
 from tests.evaluation.reports import write
 
@@ -161,6 +161,58 @@ def test_distances_of_sets_are_compared_without_interval_where_the_networks_are_
 )
 def test_differences_as_text(difference, low, high, text):
     assert difference_text({"difference": difference, "low": low, "high": high}) == text
+
+
+def test_lengths_are_compared_image_by_image(tmp_path):
+    options = {"keep_ks": [1, 4], "targets": ["psnr=10.4", "ssim=0.99"]}
+    write(tmp_path / "a", **options)
+    write(tmp_path / "b", **{**options, "seed": 1, "targets": ["ssim=0.99", "psnr=10.4", "psnr=9"]})
+    runs = [read_evaluation(tmp_path / name / "out") for name in ("a", "b")]
+    comparison = compare(runs)
+    rows = {(row["target"], row["metric"]): row for row in comparison["targets"]}
+    assert list(rows) == [(target, unit) for target in ("psnr=10.4", "ssim=0.99") for unit in ("tokens", "bits")]
+    tables = [pq.read_table(run.folder / "lengths.parquet").to_pylist() for run in runs]
+    of_both = [{row["key"]: row["tokens"] for row in table if row["target"] == "psnr=10.4"} for table in tables]
+    # All four tokens are counted where they are not enough.
+    pairs = [((one[key] or 4), (other[key] or 4)) for one, other in [of_both] for key in one]
+    row = rows["psnr=10.4", "tokens"]
+    assert row["difference"] == pytest.approx(sum(b - a for a, b in pairs) / 6)
+    assert row["baseline_not_met"] == pytest.approx(list(of_both[0].values()).count(None) / 6)
+    assert row["low"] <= row["difference"] <= row["high"]
+    assert row["low"] < row["high"]
+    bits = runs[0].metrics["tokens"]["bits_per_token"]
+    assert rows["psnr=10.4", "bits"]["difference"] == pytest.approx(row["difference"] * bits)
+    # No image is that good.
+    assert rows["ssim=0.99", "tokens"]["value"] == 4.0
+    assert rows["ssim=0.99", "tokens"]["not_met"] == 1.0
+    write_comparison(comparison, runs, tmp_path / "page.html")
+    for text in (read_page(tmp_path / "page.html").text, format_comparison(comparison)):
+        assert difference_text(row) in text
+        assert "ssim=0.99, 2 steps" in text
+
+
+def test_targets_of_different_networks_are_not_compared(tmp_path):
+    for name, gain in (("a", 1.0), ("b", 2.0), ("c", 1.0)):
+        pooled = {"_target_": "tests.evaluation.networks.Pooled", "gain": gain}
+        cache = str(tmp_path / "cache")
+        write(tmp_path / name, keep_ks=[4], targets="pooled=0.7", features={"pooled": pooled}, reference_cache=cache)
+    a, b, c = (read_evaluation(tmp_path / name / "out") for name in ("a", "b", "c"))
+    assert compare([a, b])["targets"] == []
+    assert [row["difference"] for row in compare([a, c])["targets"]] == [0.0, 0.0]
+
+
+@pytest.mark.parametrize("content", [None, b"PAR1", "fewer"])
+def test_lengths_that_cannot_be_read_are_an_error(content, tmp_path):
+    write(tmp_path, targets="psnr=10.4")
+    file = tmp_path / "out" / "lengths.parquet"
+    if content == "fewer":
+        pq.write_table(pq.read_table(file).slice(1), file)
+    elif content is None:
+        file.unlink()
+    else:
+        file.write_bytes(content)
+    with pytest.raises(ValueError, match=r"what eval\.py wrote cannot be read .*lengths\.parquet"):
+        read_evaluation(tmp_path / "out")
 
 
 # --- files ------------------------------------------------------------------------------------------------------------

@@ -5,7 +5,8 @@ import json
 import pytest
 import torch
 
-from flextok.evaluation.judges import PointMetrics, build_judges
+from flextok.evaluation.judges import build_judges
+from flextok.evaluation.point_metrics import PointMetrics
 from flextok.evaluation.settings import EvaluationSettings
 from tests.evaluation.networks import Pooled
 from tests.evaluation.processes import in_processes

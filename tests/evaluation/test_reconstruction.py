@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from flextok.evaluation.judges import NO_JUDGES, PointMetrics
+from flextok.evaluation.judges import NO_JUDGES
+from flextok.evaluation.point_metrics import PointMetrics
 from flextok.evaluation.reconstruction import (
     MIN_MS_SSIM_SIZE,
     PSNR_CAP,

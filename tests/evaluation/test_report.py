@@ -48,7 +48,7 @@ def test_a_report_is_six_files(report):
 def test_metrics_json_has_the_schema(report):
     metrics = json.loads((report[1] / "metrics.json").read_text())
     assert metrics == report[0]
-    assert list(metrics) == ["protocol", "results", "vae", "tokens"]
+    assert list(metrics) == ["protocol", "results", "vae", "tokens", "targets"]
     assert [row["keep_k"] for row in metrics["results"]] == [1, 2, 4]
     for row in metrics["results"]:
         assert {"psnr", "psnr_se", "ssim", "mae", "mse", "bits_per_image", "seconds_per_image"} <= row.keys()

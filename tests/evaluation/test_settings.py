@@ -7,6 +7,7 @@ import pytest
 
 from flextok.evaluation.grid import Curve, decode_options
 from flextok.evaluation.settings import EvaluationSettings, resolve_keep_ks
+from flextok.evaluation.targets import Target
 from flextok.flextok_wrapper import FlexTok
 from tests.evaluation.stub import SETTINGS
 
@@ -47,11 +48,29 @@ from tests.evaluation.stub import SETTINGS
         ("export_references", True, "a folder"),
         ("features", ["inception"], "networks by name"),
         ("distances", "lpips", "networks by name"),
+        ("targets", [], "targets such as psnr=24"),
     ],
 )
 def test_the_message_names_field_value_and_valid_values(field, value, valid):
     with pytest.raises(ValueError, match=f"evaluation.{field}={re.escape(repr(value))}.*{valid}"):
         EvaluationSettings.from_mapping({**SETTINGS, field: value})
+
+
+def test_targets_are_of_metrics_and_of_networks_that_are_named():
+    assert EvaluationSettings.from_mapping({**SETTINGS, "targets": "psnr=24"}).targets == (Target("psnr", 24.0),)
+    networks = {"distances": {"a": {"_target_": "x.Y"}}, "features": {"b": {"_target_": "x.Y"}}}
+    settings = EvaluationSettings.from_mapping({**SETTINGS, **networks, "targets": ["b=1", "a=0.5", "b=1.0"]})
+    assert settings.targets == (Target("b", 1.0), Target("a", 0.5))
+    for text, valid in (
+        ("lpips=0.2", "psnr=NUMBER, ssim=NUMBER, a=NUMBER, b=NUMBER"),
+        ("psnr=x", "NUMBER"),
+        (3, "'3'"),
+    ):
+        with pytest.raises(ValueError, match=rf"evaluation\.targets: .*{valid}.*as with evaluation/distances=lpips"):
+            EvaluationSettings.from_mapping({**SETTINGS, **networks, "targets": [text]})
+    networks["features"]["a"] = {"_target_": "x.Y"}
+    with pytest.raises(ValueError, match=r"evaluation\.targets=\['a=1'\]: 'a' names two networks"):
+        EvaluationSettings.from_mapping({**SETTINGS, **networks, "targets": ["a=1"]})
 
 
 @pytest.mark.parametrize("name", ["psnr", "keep_k", "a-b", "", "1st"])

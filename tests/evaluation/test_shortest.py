@@ -8,7 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from flextok.evaluation.reconstruction import image_metrics
-from flextok.evaluation.shortest import Target, shortest_prefixes, tokens_needed
+from flextok.evaluation.shortest import shortest_prefixes, tokens_needed
+from flextok.evaluation.targets import Target
 from flextok.reconstruct import decode_tokens, encode_images
 from tests.evaluation.stub import StubTokenizer, random_batches
 
@@ -71,5 +72,5 @@ def test_targets_are_read_from_text():
     assert Target.parse("psnr=24") == Target("psnr", 24.0)
     assert Target.parse("ssim=0.9") == Target("ssim", 0.9)
     for text in ("psnr", "psnr=", "psnr=high", "psnr=nan", "psnr=inf", "blur=3", "=3", ""):
-        with pytest.raises(ValueError, match="valid are psnr=NUMBER and ssim=NUMBER"):
+        with pytest.raises(ValueError, match="valid are psnr=NUMBER, ssim=NUMBER"):
             Target.parse(text)

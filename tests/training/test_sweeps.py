@@ -25,6 +25,7 @@ from flextok.training.sweep_summary import (
     format_rows,
     last_metrics,
     optimized_metric,
+    over_seeds,
     write_summary,
 )
 from tests.support import REPOSITORY
@@ -119,6 +120,35 @@ def test_an_evaluation_adds_its_psnr(hydra, tmp_path):
     (tmp_path / "1" / "evaluation" / "metrics.json").write_text(json.dumps({"results": results}))
     assert [row["psnr"] for row in write_summary(tmp_path)] == [None, 20.0]
     assert "20" in format_rows(write_summary(tmp_path))
+
+
+def test_a_grid_gives_the_psnr_of_its_first_curve_and_says_which(tmp_path):
+    def write_run(number, seed, steps):
+        folder = tmp_path / str(number)
+        for name in (".hydra", "evaluation"):
+            (folder / name).mkdir(parents=True, exist_ok=True)
+        (folder / ".hydra/overrides.yaml").write_text(f"- seed={seed}\n")
+        (folder / "status.json").write_text('{"status": "completed", "error": null}')
+        results = [
+            {"keep_k": keep_k, "steps": each, "guidance_scale": 1.0, "psnr": 10.0 * keep_k + each + seed}
+            for each in steps
+            for keep_k in (1, 2)
+        ]
+        (folder / "evaluation/metrics.json").write_text(json.dumps({"results": results}))
+
+    write_run(0, 0, [5, 10])
+    write_run(1, 1, [5])
+    rows = write_summary(tmp_path)
+    assert [row["psnr"] for row in rows] == [25.0, 26.0]
+    assert {row["psnr at"] for row in rows} == {"keep_k=2 steps=5 guidance_scale=1.0"}
+    (setting,) = over_seeds(rows)
+    assert setting["psnr mean"] == 25.5
+    assert setting["psnr at"] == "keep_k=2 steps=5 guidance_scale=1.0"
+    # With other steps it is another number, which has no place in the same mean.
+    write_run(1, 1, [10])
+    (setting,) = over_seeds(write_summary(tmp_path))
+    assert setting["runs"] == 2
+    assert "psnr mean" not in setting
 
 
 def test_a_single_run_writes_no_table(hydra, tmp_path):
