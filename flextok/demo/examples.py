@@ -1,0 +1,20 @@
+"""Photographs to try, from packages that may be installed."""
+
+from flextok.data.photos import load_photo
+
+NAMES = ("astronaut", "chelsea", "coffee", "rocket", "motorcycle_left", "china", "flower", "hubble_deep_field")
+NOTE = "They come with scikit-image and scikit-learn; embedded:photos was trained on parts of these scenes."
+NONE = "Examples come with scikit-image and scikit-learn, which are not installed: pip install 'flextok[data]'"
+
+
+def available_examples() -> list[str]:
+    """Those of `NAMES` whose package is installed and has them."""
+    return [name for name in NAMES if _is_there(name)]
+
+
+def _is_there(name: str) -> bool:
+    try:
+        load_photo(name)
+    except (ImportError, FileNotFoundError):
+        return False
+    return True
