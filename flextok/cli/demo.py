@@ -8,6 +8,7 @@ It serves this machine alone unless --host says otherwise, until Ctrl-C.
 """
 
 import argparse
+import logging
 from importlib.util import find_spec
 from typing import TYPE_CHECKING
 
@@ -63,7 +64,9 @@ def run(args: argparse.Namespace) -> int:
     sampling = Sampling(
         timesteps=args.steps, guidance_scale=args.guidance_scale, perform_norm_guidance=args.perform_norm_guidance
     )
-    limits = Limits(max_file_bytes=args.max_file_mb * 10**6, max_waiting=args.max_waiting)
+    limits = Limits(max_file_bytes=args.max_file_mb * 2**20, max_waiting=args.max_waiting)
+    # Gradio asks itself whether it is there, and httpx says so.
+    logging.getLogger("httpx").setLevel(logging.WARNING)
     app = build_app(workbench, sampling=sampling, limits=limits)
     print(f"-> {launch(app, host=args.host, port=args.port, limits=limits)}  (Ctrl-C ends it)", flush=True)
     app.block_thread()

@@ -10,28 +10,13 @@ from PIL import Image
 from flextok.data.photos import load_photo
 from flextok.data.transforms import read_image, resize_shorter_center_crop
 from flextok.demo import page
-from flextok.demo.examples import NONE, NOTE, available_examples
+from flextok.demo.examples import available_examples
 from flextok.demo.server import Limits
 from flextok.demo.workbench import MAX_GUIDANCE, MAX_STEPS, Reading, Sampling, Workbench
 
 # Seconds after which uploads are deleted, and between two looks at them.
 _UPLOADS_KEPT, _UPLOADS_CHECKED = 600, 60
 _THUMBNAIL = 128
-
-
-class ImageFile(gr.File):
-    """A file that was dropped here, as it is: read by nobody before us, and never fetched from an address."""
-
-    is_template = True  # Gradio then shows the page's part of the class above.
-
-    def preprocess(self, payload: Any) -> FileData | None:
-        return payload
-
-    async def async_move_resource_to_block_cache(self, url_or_file_path: Any) -> str | None:
-        # A request may name an address in place of an upload, and Gradio would go and get it, of any size.
-        if str(url_or_file_path).lower().startswith(("http:", "https:")):
-            raise gr.Error("only files are taken, no addresses", print_exception=False)
-        return await super().async_move_resource_to_block_cache(url_or_file_path)
 
 
 def read_upload(upload: FileData) -> tuple[Image.Image, str]:
@@ -46,7 +31,7 @@ def read_upload(upload: FileData) -> tuple[Image.Image, str]:
 
 def build_app(workbench: Workbench, *, sampling: Sampling, limits: Limits) -> gr.Blocks:
     """The page; `sampling` is what its settings begin with."""
-    examples = available_examples()
+    thumbnails = {name: resize_shorter_center_crop(load_photo(name), _THUMBNAIL) for name in available_examples()}
 
     def show_image(
         picture: Image.Image, name: str, keep_k: float, *settings: Any
@@ -64,8 +49,10 @@ def build_app(workbench: Workbench, *, sampling: Sampling, limits: Limits) -> gr
             # What was shown before stays, and the next file can be dropped at once.
             return [None, gr.skip(), page.message(str(error)), gr.skip()]
 
-    def on_example(chosen: gr.SelectData, keep_k: float, *settings: Any) -> tuple[Any, ...]:
-        name = examples[chosen.index]
+    def on_example(chosen: gr.EventData, keep_k: float, *settings: Any) -> Any:
+        name = chosen._data.get("name")
+        if name not in thumbnails:
+            return [gr.skip()] * 3
         return show_image(load_photo(name), name, keep_k, *settings)
 
     def on_slider(readings: tuple[Reading, ...] | None, keep_k: float, *settings: Any) -> Any:
@@ -87,26 +74,15 @@ def build_app(workbench: Workbench, *, sampling: Sampling, limits: Limits) -> gr
         readings = gr.State(None)
         with gr.Row(equal_height=False):
             with gr.Column(scale=1, min_width=260):
-                megabytes = limits.max_file_bytes / 1e6
-                drop = ImageFile(
+                megabytes = limits.max_file_bytes / 2**20
+                drop = gr.File(
                     label=f"Image: JPEG, PNG or WebP, up to {megabytes:g} MB",
                     file_types=["image"],
                     height=150,
                     elem_id="drop",
                 )
-                if examples:
-                    chooser = gr.Gallery(
-                        [(_thumbnail(name), name) for name in examples],
-                        label="Examples",
-                        columns=4,
-                        height="auto",
-                        object_fit="cover",
-                        allow_preview=False,
-                        interactive=False,
-                        buttons=[],
-                        elem_id="examples",
-                    )
-                gr.HTML(f"<p class='ft-note'>{NOTE if examples else NONE}</p>")
+                _take_uploads_alone(drop)
+                chooser = gr.HTML(page.examples(thumbnails), js_on_load=page.CHOOSE_EXAMPLE, elem_id="examples")
                 with gr.Accordion("Settings of the decoder", open=False, elem_id="settings"):
                     settings = _settings(sampling)
             with gr.Column(scale=3, min_width=420):
@@ -132,8 +108,7 @@ def build_app(workbench: Workbench, *, sampling: Sampling, limits: Limits) -> gr
             "show_progress": "hidden",
         } | common
         drop.upload(on_upload, [drop, keep_k, *settings], [drop, *shown], **common).then(**after)
-        if examples:
-            chooser.select(on_example, [keep_k, *settings], shown, show_progress="hidden", **common).then(**after)
+        chooser.click(on_example, [keep_k, *settings], shown, show_progress="hidden", **common).then(**after)
         # While one position of the slider is decoded, only the last of those that follow waits.
         live: dict[str, Any] = {"show_progress": "hidden", "trigger_mode": "always_last"} | common
         inputs = [readings, keep_k, *settings]
@@ -141,6 +116,24 @@ def build_app(workbench: Workbench, *, sampling: Sampling, limits: Limits) -> gr
         gr.on([setting.change for setting in settings], on_slider, inputs, result, **live).then(**after)
     app.queue(max_size=limits.max_waiting, default_concurrency_limit=1, api_open=False)
     return app
+
+
+def _take_uploads_alone(drop: gr.File) -> None:
+    """Files come as they were dropped, and from nowhere else.
+
+    On the instance, because Gradio writes a stub beside the source of each class of components.
+    """
+    move = drop.async_move_resource_to_block_cache
+
+    async def move_upload(place: Any) -> Any:
+        # A request may name an address in place of an upload, and Gradio would go and get it, of any size.
+        if str(place).lower().startswith(("http:", "https:")):
+            raise gr.Error("only files are taken, no addresses", print_exception=False)
+        return await move(place)
+
+    drop.async_move_resource_to_block_cache = move_upload
+    # Gradio's own gives no more than the path, and leaves an empty file behind for each.
+    drop.preprocess = lambda payload: payload
 
 
 def _settings(sampling: Sampling) -> list[Any]:
@@ -158,7 +151,3 @@ def _sampling(steps: float, guidance_scale: float, perform_norm_guidance: bool) 
         )
     except ValueError as error:
         raise gr.Error(str(error), print_exception=False) from error
-
-
-def _thumbnail(name: str) -> Image.Image:
-    return resize_shorter_center_crop(load_photo(name), _THUMBNAIL)

@@ -3,8 +3,6 @@
 from flextok.data.photos import load_photo
 
 NAMES = ("astronaut", "chelsea", "coffee", "rocket", "motorcycle_left", "china", "flower", "hubble_deep_field")
-NOTE = "They come with scikit-image and scikit-learn; embedded:photos was trained on parts of these scenes."
-NONE = "Examples come with scikit-image and scikit-learn, which are not installed: pip install 'flextok[data]'"
 
 
 def available_examples() -> list[str]:

@@ -1,6 +1,6 @@
 """The parts of the page that show results, as HTML: everything they show is in them, and names are escaped."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Mapping, Sequence
 from html import escape
 
 from PIL import Image
@@ -19,12 +19,32 @@ _MASK_WORDS = {
     HIDDEN: "does not",
 }
 
+# Run by the page for the examples: a click on one of them becomes a click event with its name.
+CHOOSE_EXAMPLE = """
+element.addEventListener("click", (event) => {
+  const button = event.target.closest("button[data-name]");
+  if (button) trigger("click", {name: button.dataset.name});
+});
+"""
+_EXAMPLES = "Photographs of scikit-image and scikit-learn; embedded:photos was trained on parts of these scenes."
+_NO_EXAMPLES = "Examples come with scikit-image and scikit-learn, which are not installed: pip install 'flextok[data]'"
+
 WELCOME = "<div class='ft-welcome'>Drop an image on the left, or choose one of the examples.</div>"
 
 
 def message(text: str) -> str:
     """What went wrong, in a box that stays until the next image; nothing for no text."""
     return f"<div class='ft-message' role='alert'>{escape(text)}</div>" if text else ""
+
+
+def examples(thumbnails: Mapping[str, Image.Image]) -> str:
+    """A button for each photograph to try, and what they are."""
+    buttons = "".join(
+        f"<button type='button' data-name='{name}' title='{name}'><img src='{data_uri(image)}' alt='{name}'></button>"
+        for name, image in thumbnails.items()
+    )
+    note = _EXAMPLES if thumbnails else _NO_EXAMPLES
+    return f"<h4>Examples</h4><div class='ft-examples'>{buttons}</div><p class='ft-note'>{note}</p>"
 
 
 def results(workbench: Workbench, readings: Sequence[Reading], keep_k: int, sampling: Sampling) -> str:
@@ -50,10 +70,10 @@ def _card(workbench: Workbench, reading: Reading, keep_k: int, sampling: Samplin
     side = model.image_size
     bits = kept * model.bits_per_token
     facts = {
-        "tokens": f"{kept} <small>of {model.num_tokens}</small>",
-        "bits": f"{bits:,.1f} <small>= {kept} × {model.bits_per_token:.2f}</small>",
-        "bits per pixel": f"{bits / side**2:.3f}",
-        "PSNR": f"{shown.psnr:.2f} <small>dB</small>",
+        "Tokens": (str(kept), f"of {model.num_tokens}"),
+        "Bits": (f"{bits:,.1f}", f"{kept} × {model.bits_per_token:.2f}"),
+        "Bits per pixel": (f"{bits / side**2:.3f}", f"of {side} × {side}"),
+        "PSNR": (f"{shown.psnr:.2f} dB", "of this square"),
     }
     figures = [
         _figure("image", to_pil(reading.square[0]), "The image, as the model reads it", f"{side} × {side} pixels"),
@@ -62,7 +82,7 @@ def _card(workbench: Workbench, reading: Reading, keep_k: int, sampling: Samplin
     ]
     return (
         f"<article class='ft-card'><h3>{escape(model.name)}</h3>"
-        f"<dl class='ft-facts'>{''.join(_fact(name, value) for name, value in facts.items())}</dl>"
+        f"<dl class='ft-facts'>{''.join(_fact(name, *values) for name, values in facts.items())}</dl>"
         f"<div class='ft-figures'>{''.join(figures)}</div>"
         f"<div class='ft-inside'>{_mask(reading, kept)}{_token_ids(reading, kept)}</div></article>"
     )
@@ -72,10 +92,8 @@ def _change_figure(pairs: Sequence[Reconstruction]) -> str:
     shown = pairs[-1]
     title = f"What token {shown.keep_k} changed"
     if len(pairs) == 1:
-        return (
-            f"<figure class='ft-change'><div class='ft-none'>nothing to compare with</div><figcaption><b>{title}</b>"
-            "<span>it is the first</span></figcaption></figure>"
-        )
+        nothing = "<div class='ft-none'>nothing to compare with</div>"
+        return f"<figure class='ft-change'>{nothing}{_caption(title, 'it is the first')}</figure>"
     amount = change(pairs[0].image, shown.image)
     note = f"on average {amount.float().mean():.1f} of 255, {shown.psnr - pairs[0].psnr:+.2f} dB"
     return _figure("change", draw_change(amount), title, note)
@@ -114,26 +132,26 @@ def _token_ids(reading: Reading, kept: int) -> str:
 def _strip(workbench: Workbench, reading: Reading, sampling: Sampling) -> str:
     model = reading.model
     made = workbench.reconstruct(reading, default_keep_ks(model.num_tokens), sampling)
-    cells = [_column("the image", "", [to_pil(reading.square[0])])]
+    side = f"{model.image_size} × {model.image_size}"
+    cells = [_column(to_pil(reading.square[0]), "The image", side)]
     for before, shown in zip([None, *made], made, strict=False):
-        pictures = [_picture(shown)]
-        if before is not None:
-            pictures.append(draw_change(change(before.image, shown.image)))
-        bits = shown.keep_k * model.bits_per_token
-        cells.append(_column(_tokens(shown.keep_k), f"{bits:,.0f} bits, {shown.psnr:.1f} dB", pictures))
+        change_of_it = None if before is None else draw_change(change(before.image, shown.image))
+        note = f"{shown.keep_k * model.bits_per_token:,.0f} bits<br>{shown.psnr:.1f} dB"
+        cells.append(_column(_picture(shown), _tokens(shown.keep_k), note, below=change_of_it))
     return f"<h4>{escape(model.name)}</h4><div class='ft-strip'>{''.join(cells)}</div>"
 
 
-def _column(title: str, note: str, pictures: Iterable[Image.Image]) -> str:
-    images = "".join(_image(picture, title) for picture in pictures)
-    return f"<figure>{images}<figcaption><b>{title}</b><span>{note}</span></figcaption></figure>"
+def _column(picture: Image.Image, title: str, note: str, *, below: Image.Image | None = None) -> str:
+    last = "" if below is None else _image(below, f"what changed up to {title}")
+    return f"<figure>{_image(picture, title)}{_caption(title, note)}{last}</figure>"
 
 
 def _figure(name: str, picture: Image.Image, title: str, note: str) -> str:
-    return (
-        f"<figure class='ft-{name}'>{_image(picture, title)}"
-        f"<figcaption><b>{title}</b><span>{note}</span></figcaption></figure>"
-    )
+    return f"<figure class='ft-{name}'>{_image(picture, title)}{_caption(title, note)}</figure>"
+
+
+def _caption(title: str, note: str) -> str:
+    return f"<figcaption><b>{title}</b><span>{note}</span></figcaption>"
 
 
 def _image(picture: Image.Image, alt: str) -> str:
@@ -145,8 +163,8 @@ def _picture(shown: Reconstruction) -> Image.Image:
     return Image.fromarray(shown.image.permute(1, 2, 0).numpy())
 
 
-def _fact(name: str, value: str) -> str:
-    return f"<div><dt>{name}</dt><dd>{value}</dd></div>"
+def _fact(name: str, value: str, note: str) -> str:
+    return f"<div><dt>{name}</dt><dd>{value}<small>{note}</small></dd></div>"
 
 
 def _tokens(count: int) -> str:

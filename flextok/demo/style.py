@@ -16,10 +16,10 @@ CSS = """
   border-radius: 10px; padding: 14px 16px 16px}
 .ft-card h3, .ft-gallery h3 {margin: 0 0 10px; font-size: 1.05rem; font-weight: 650; overflow-wrap: anywhere}
 .ft-card h4, .ft-gallery h4 {margin: 0 0 6px; font-size: .85rem; font-weight: 600; overflow-wrap: anywhere}
-.ft-facts {display: flex; flex-wrap: wrap; gap: 6px 26px; margin: 0 0 12px}
+.ft-facts {display: grid; grid-template-columns: repeat(4, auto); gap: 4px 14px; margin: 0 0 12px}
 .ft-facts dt {font-size: .75rem; color: var(--body-text-color-subdued)}
 .ft-facts dd {margin: 0; font-size: 1.2rem; font-weight: 600; font-variant-numeric: tabular-nums}
-.ft-facts small {font-size: .78rem; font-weight: 400; color: var(--body-text-color-subdued)}
+.ft-facts small {display: block; font-size: .78rem; font-weight: 400; color: var(--body-text-color-subdued)}
 .ft-figures {display: grid; grid-template-columns: repeat(3, minmax(0, 1fr)); gap: 10px}
 .ft-card figure, .ft-gallery figure {margin: 0}
 .ft-card img, .ft-gallery img, .ft-none {width: 100%; aspect-ratio: 1; display: block; border-radius: 6px;
@@ -32,6 +32,7 @@ CSS = """
 .ft-inside {display: grid; grid-template-columns: minmax(0, 1fr) minmax(0, 2fr); gap: 10px 18px; margin-top: 16px}
 .ft-mask p, .ft-mask ul {font-size: .78rem; line-height: 1.35; margin: 5px 0 0; padding: 0; list-style: none;
   color: var(--body-text-color-subdued)}
+.ft-mask li {margin: 0; padding: 0; color: inherit}
 .ft-mask i, .ft-scale {display: inline-block; width: 10px; height: 10px; border-radius: 2px; margin-right: 6px}
 .ft-scale {width: 70px; margin: 0 4px;
   background: linear-gradient(90deg, #ffffff, #fcc584, #d94841, #5c103e); border: 1px solid var(--border-color-primary)}
@@ -43,12 +44,23 @@ CSS = """
 .ft-gallery {margin-top: 0}
 .ft-strip {display: grid; grid-auto-flow: column; grid-auto-columns: minmax(76px, 150px); gap: 8px; overflow-x: auto;
   margin-bottom: 14px; padding-bottom: 4px}
-.ft-strip img + img {margin-top: 6px}
+.ft-strip figcaption + img {margin-top: 8px}
+.ft-examples {display: grid; grid-template-columns: repeat(4, minmax(0, 1fr)); gap: 6px}
+.ft-examples button {padding: 0; border: 0; background: none; cursor: pointer; border-radius: 6px}
+.ft-examples img {width: 100%; aspect-ratio: 1; display: block; border-radius: 6px; margin: 0}
+.ft-examples button:hover img, .ft-examples button:focus-visible img {outline: 2px solid var(--color-accent)}
+#examples h4 {margin: 0 0 6px; font-size: .85rem; font-weight: 600}
+#examples .ft-note {margin: 8px 0 0}
+.gradio-container .html-container {padding: 0 !important}
+#message:not(:has(.ft-message)) {display: none}
+#keep_k {position: sticky; top: 8px; z-index: 5; box-shadow: 0 1px 6px rgb(0 0 0 / .08)}
 """
 
 
 def theme() -> gr.themes.Base:
     """Gradio's own with the fonts of the machine: others would be fetched."""
-    return gr.themes.Default(
+    plain = gr.themes.Default(
         primary_hue="blue", font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "Consolas", "monospace"]
     )
+    # Gradio's grey is too pale to be read on white.
+    return plain.set(body_text_color_subdued="*neutral_600", body_text_color_subdued_dark="*neutral_400")
