@@ -9,7 +9,9 @@ It serves this machine alone unless --host says otherwise, until Ctrl-C.
 
 import argparse
 import logging
+import os
 from importlib.util import find_spec
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING
 
 from flextok.cli.loaded_model import check_at_least, image_size_of, load_model
@@ -67,9 +69,13 @@ def run(args: argparse.Namespace) -> int:
     limits = Limits(max_file_bytes=args.max_file_mb * 2**20, max_waiting=args.max_waiting)
     # Gradio asks itself whether it is there, and httpx says so.
     logging.getLogger("httpx").setLevel(logging.WARNING)
-    app = build_app(workbench, sampling=sampling, limits=limits)
-    print(f"-> {launch(app, host=args.host, port=args.port, limits=limits)}  (Ctrl-C ends it)", flush=True)
-    app.block_thread()
+    # Gradio would keep uploads where everybody on the machine may look, and some of them after the end.
+    with TemporaryDirectory(prefix="flextok_demo_") as uploads:
+        os.environ["GRADIO_TEMP_DIR"] = uploads
+        app = build_app(workbench, sampling=sampling, limits=limits)
+        address = launch(app, host=args.host, port=args.port, limits=limits)
+        print(f"-> {address}  (Ctrl-C ends it)", flush=True)
+        app.block_thread()
     return 0
 
 

@@ -85,7 +85,7 @@ def build_app(workbench: Workbench, *, sampling: Sampling, limits: Limits) -> gr
                 chooser = gr.HTML(page.examples(thumbnails), js_on_load=page.CHOOSE_EXAMPLE, elem_id="examples")
                 with gr.Accordion("Settings of the decoder", open=False, elem_id="settings"):
                     settings = _settings(sampling)
-            with gr.Column(scale=3, min_width=420):
+            with gr.Column(scale=3, min_width=300):
                 keep_k = gr.Slider(
                     1,
                     workbench.max_tokens,
@@ -147,7 +147,7 @@ def _settings(sampling: Sampling) -> list[Any]:
 def _sampling(steps: float, guidance_scale: float, perform_norm_guidance: bool) -> Sampling:
     try:
         return Sampling(
-            timesteps=int(steps), guidance_scale=guidance_scale, perform_norm_guidance=perform_norm_guidance
+            timesteps=int(steps), guidance_scale=float(guidance_scale), perform_norm_guidance=perform_norm_guidance
         )
     except ValueError as error:
         raise gr.Error(str(error), print_exception=False) from error

@@ -66,6 +66,6 @@ def draw_mask(mask: UInt8[Tensor, "length length"], borders: list[int]) -> Image
     image = Image.fromarray(colors[mask.numpy()]).resize((side, side), Image.Resampling.NEAREST)
     draw = ImageDraw.Draw(image)
     for place in (border * cell for border in borders if 0 < border < len(mask)):
-        draw.line((place, 0, place, side), fill=_BORDER, width=2)
-        draw.line((0, place, side, place), fill=_BORDER, width=2)
+        draw.line((place, 0, place, side), fill=_BORDER, width=3)
+        draw.line((0, place, side, place), fill=_BORDER, width=3)
     return image

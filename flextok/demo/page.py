@@ -54,11 +54,18 @@ def results(workbench: Workbench, readings: Sequence[Reading], keep_k: int, samp
 
 def gallery(workbench: Workbench, readings: Sequence[Reading], sampling: Sampling) -> str:
     """Per model a strip of reconstructions from more and more tokens, and below it what each step changed."""
-    strips = "".join(_strip(workbench, reading, sampling) for reading in readings)
+    strips = [(reading.model.name, _strip(workbench, reading, sampling)) for reading in readings]
+    num_columns = max(len(strip) for _, strip in strips)
+    # Columns stand below each other where models have different numbers of tokens.
+    rows = [
+        f"<h4>{escape(name)}</h4><div class='ft-strip'>{''.join(strip)}"
+        f"{'<figure></figure>' * (num_columns - len(strip))}</div>"
+        for name, strip in strips
+    ]
     return (
         "<section class='ft-gallery'><h3>More and more tokens</h3>"
         "<p class='ft-note'>Below each reconstruction: what it changed in the one before it, on the scale "
-        f"{_scale()}</p>{strips}</section>"
+        f"<i class='ft-scale'></i> from 0 to {LARGEST_CHANGE} of 255.</p>{''.join(rows)}</section>"
     )
 
 
@@ -67,7 +74,7 @@ def _card(workbench: Workbench, reading: Reading, keep_k: int, sampling: Samplin
     kept = min(keep_k, model.num_tokens)
     pairs = workbench.reconstruct(reading, [kept - 1, kept] if kept > 1 else [kept], sampling)
     shown = pairs[-1]
-    side = model.image_size
+    side, name = model.image_size, escape(reading.encoded.keys[0])
     bits = kept * model.bits_per_token
     facts = {
         "Tokens": (str(kept), f"of {model.num_tokens}"),
@@ -76,7 +83,7 @@ def _card(workbench: Workbench, reading: Reading, keep_k: int, sampling: Samplin
         "PSNR": (f"{shown.psnr:.2f} dB", "of this square"),
     }
     figures = [
-        _figure("image", to_pil(reading.square[0]), "The image, as the model reads it", f"{side} × {side} pixels"),
+        _figure("image", to_pil(reading.square[0]), "As the model reads it", f"{name}, {side} × {side} pixels"),
         _figure("reconstruction", _picture(shown), "Reconstruction", f"from {_tokens(kept)}"),
         _change_figure(pairs),
     ]
@@ -103,7 +110,7 @@ def _mask(reading: Reading, kept: int) -> str:
     model = reading.model
     layout = decoder_layout(model.model, reading.encoded, kept)
     if layout is None:
-        return "<div class='ft-mask'><h4>Attention in the decoder</h4><p>It packs no row, so it has no mask.</p></div>"
+        return "<div class='ft-mask'><h4>Mask of the decoder</h4><p>It packs no row, so it has no mask.</p></div>"
     mask = full_mask(layout, num_tokens=model.num_tokens, keep_k=kept)
     num_patches = len(mask) - model.num_tokens
     picture = draw_mask(mask, [num_patches, num_patches + kept])
@@ -115,8 +122,8 @@ def _mask(reading: Reading, kept: int) -> str:
     dropped = model.num_tokens - kept
     row = ", ".join([f"{num_patches} patches", _tokens(kept), *([f"{dropped} dropped"] if dropped else [])])
     return (
-        "<div class='ft-mask'><h4>Attention in the decoder</h4>"
-        f"<img class='ft-pixels' src='{data_uri(picture)}' alt='mask of the decoder with {_tokens(kept)}'>"
+        "<div class='ft-mask'><h4>Mask of the decoder</h4>"
+        f"<img src='{data_uri(picture)}' alt='mask of the decoder with {_tokens(kept)}'>"
         f"<p>Each row attends to columns: {row}.</p><ul>{words}</ul></div>"
     )
 
@@ -129,7 +136,7 @@ def _token_ids(reading: Reading, kept: int) -> str:
     return f"<div class='ft-ids'><h4>Token ids</h4><div>{ids}</div></div>"
 
 
-def _strip(workbench: Workbench, reading: Reading, sampling: Sampling) -> str:
+def _strip(workbench: Workbench, reading: Reading, sampling: Sampling) -> list[str]:
     model = reading.model
     made = workbench.reconstruct(reading, default_keep_ks(model.num_tokens), sampling)
     side = f"{model.image_size} × {model.image_size}"
@@ -138,7 +145,7 @@ def _strip(workbench: Workbench, reading: Reading, sampling: Sampling) -> str:
         change_of_it = None if before is None else draw_change(change(before.image, shown.image))
         note = f"{shown.keep_k * model.bits_per_token:,.0f} bits<br>{shown.psnr:.1f} dB"
         cells.append(_column(_picture(shown), _tokens(shown.keep_k), note, below=change_of_it))
-    return f"<h4>{escape(model.name)}</h4><div class='ft-strip'>{''.join(cells)}</div>"
+    return cells
 
 
 def _column(picture: Image.Image, title: str, note: str, *, below: Image.Image | None = None) -> str:
@@ -169,7 +176,3 @@ def _fact(name: str, value: str, note: str) -> str:
 
 def _tokens(count: int) -> str:
     return "1 token" if count == 1 else f"{count} tokens"
-
-
-def _scale() -> str:
-    return f"<i class='ft-scale'></i> from 0 to {LARGEST_CHANGE} of 255."

@@ -28,7 +28,8 @@ CSS = """
 .ft-none {display: grid; place-items: center; font-size: .8rem; color: var(--body-text-color-subdued)}
 .ft-card figcaption, .ft-gallery figcaption {font-size: .8rem; line-height: 1.3; padding-top: 5px}
 .ft-card figcaption b, .ft-gallery figcaption b {display: block; font-weight: 600}
-.ft-card figcaption span, .ft-gallery figcaption span {color: var(--body-text-color-subdued)}
+.ft-card figcaption span, .ft-gallery figcaption span {color: var(--body-text-color-subdued);
+  overflow-wrap: anywhere}
 .ft-inside {display: grid; grid-template-columns: minmax(0, 1fr) minmax(0, 2fr); gap: 10px 18px; margin-top: 16px}
 .ft-mask p, .ft-mask ul {font-size: .78rem; line-height: 1.35; margin: 5px 0 0; padding: 0; list-style: none;
   color: var(--body-text-color-subdued)}
@@ -42,7 +43,7 @@ CSS = """
 .ft-ids span.ft-dropped {background: transparent; color: var(--body-text-color-subdued);
   box-shadow: inset 0 0 0 1px var(--border-color-primary)}
 .ft-gallery {margin-top: 0}
-.ft-strip {display: grid; grid-auto-flow: column; grid-auto-columns: minmax(76px, 150px); gap: 8px; overflow-x: auto;
+.ft-strip {display: grid; grid-auto-flow: column; grid-auto-columns: minmax(76px, 1fr); gap: 8px; overflow-x: auto;
   margin-bottom: 14px; padding-bottom: 4px}
 .ft-strip figcaption + img {margin-top: 8px}
 .ft-examples {display: grid; grid-template-columns: repeat(4, minmax(0, 1fr)); gap: 6px}
@@ -52,6 +53,8 @@ CSS = """
 #examples h4 {margin: 0 0 6px; font-size: .85rem; font-weight: 600}
 #examples .ft-note {margin: 8px 0 0}
 .gradio-container .html-container {padding: 0 !important}
+/* Wide strips scroll, and do not widen the page. */
+#gallery {contain: inline-size}
 #message:not(:has(.ft-message)) {display: none}
 #keep_k {position: sticky; top: 8px; z-index: 5; box-shadow: 0 1px 6px rgb(0 0 0 / .08)}
 """

@@ -7,6 +7,7 @@ import re
 import signal
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -29,10 +30,12 @@ def parsed(*words) -> argparse.Namespace:
 def launched(monkeypatch):
     """What is launched is kept, not served."""
     seen = {}
+    monkeypatch.setenv("GRADIO_TEMP_DIR", "restored")
 
     class App:
         def block_thread(self):
-            seen["blocked"] = True
+            seen["uploads"] = Path(os.environ["GRADIO_TEMP_DIR"])
+            seen["mode"] = seen["uploads"].stat().st_mode & 0o777
 
     monkeypatch.setattr(
         "flextok.demo.app.build_app", lambda bench, **options: seen.update(bench=bench, **options) or App()
@@ -54,7 +57,9 @@ def test_options_reach_the_page(model, launched, capsys):
     assert [(one.name, one.image_size, one.num_tokens) for one in bench.models] == [(str(model), 8, 8)] * 2
     assert (sampling.timesteps, sampling.guidance_scale, sampling.perform_norm_guidance) == (3, 2.0, True)
     assert (bench.seed, limits.max_file_bytes, limits.max_waiting) == (5, 2 << 20, 4)
-    assert (launched["host"], launched["port"], launched["blocked"]) == ("127.0.0.1", 7860, True)
+    assert (launched["host"], launched["port"]) == ("127.0.0.1", 7860)
+    # Uploads are nobody else's, and gone in the end.
+    assert (launched["mode"], launched["uploads"].exists()) == (0o700, False)
     assert "-> http://there/" in capsys.readouterr().out
 
 
@@ -78,7 +83,7 @@ def test_mistakes_are_one_line(words, message, capsys, launched):
     error = capsys.readouterr().err
     assert re.search(f"^error: {message}", error)
     assert error.count("\n") == 1
-    assert "blocked" not in launched
+    assert "uploads" not in launched
 
 
 def test_without_gradio_it_is_said_how_to_get_it(monkeypatch, capsys):
