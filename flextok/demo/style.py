@@ -31,6 +31,7 @@ CSS = """
 .ft-card figcaption span, .ft-gallery figcaption span {color: var(--body-text-color-subdued);
   overflow-wrap: anywhere}
 .ft-inside {display: grid; grid-template-columns: minmax(0, 1fr) minmax(0, 2fr); gap: 10px 18px; margin-top: 16px}
+.ft-mask img {max-width: 210px}
 .ft-mask p, .ft-mask ul {font-size: .78rem; line-height: 1.35; margin: 5px 0 0; padding: 0; list-style: none;
   color: var(--body-text-color-subdued)}
 .ft-mask li {margin: 0; padding: 0; color: inherit}

@@ -48,7 +48,9 @@ class Visitor:
     """One session with a served demo, as the page has it."""
 
     def __init__(self, app: Any, address: str) -> None:
-        self.http = httpx.Client(base_url=f"{address}gradio_api/", timeout=60, trust_env=False)
+        # Nobody closes a session: no connection outlives its answer.
+        limits = httpx.Limits(max_keepalive_connections=0)
+        self.http = httpx.Client(base_url=f"{address}gradio_api/", timeout=60, trust_env=False, limits=limits)
         self.session = uuid4().hex
         self.calls = {entry["targets"][0][1]: entry["id"] for entry in reversed(app.config["dependencies"])}
 

@@ -12,6 +12,7 @@ from pathlib import Path
 from urllib.parse import urlsplit
 
 import pytest
+from PIL import Image
 
 from flextok.data.photos import load_photo
 from tests.demo.support import load_workbench, served
@@ -240,3 +241,22 @@ def test_dark_and_narrow(browser, address, screenshots):
     assert page.evaluate("document.documentElement.scrollWidth") <= 420
     page.screenshot(path=screenshots / "dark_and_narrow.png", full_page=True)
     page.close()
+
+
+def test_one_model_alone_fills_the_page(browser, screenshots):
+    """The picture in the documentation."""
+    with served(load_workbench("embedded:photos")) as (_, address):
+        page = browser.new_page(viewport={"width": 1200, "height": 900})
+        page.goto(address)
+        page.locator("#examples button[data-name=rocket]").click()
+        shown(page)
+        page.wait_for_selector("#gallery .ft-strip img")
+        width = page.locator("#result article").bounding_box()["width"]
+        assert width == page.locator("#gallery section").bounding_box()["width"] > 700
+        # Not before the mouse has left the example.
+        page.mouse.move(600, 5)
+        page.screenshot(path=screenshots / "demo.png", full_page=True)
+        page.close()
+    with Image.open(screenshots / "demo.png") as picture:
+        picture.convert("RGB").quantize(256, dither=Image.Dither.NONE).save(screenshots / "demo.png", optimize=True)
+    assert (screenshots / "demo.png").stat().st_size < 250_000
