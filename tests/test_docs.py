@@ -137,6 +137,15 @@ def run_flextok(arguments, caplog):
     assert main(arguments) == 0
 
 
+def run_demo(arguments, caplog):
+    """Not served: its options are known, and its models load."""
+    from flextok.cli import build_parser
+    from flextok.cli.demo import load_workbench
+
+    args = build_parser("demo").parse_args(["demo", *arguments])
+    assert len(load_workbench(args).models) == len(args.checkpoint)
+
+
 def run_benchmark(arguments, caplog):
     """Not measured: the command exists and knows its options."""
     name, *options = arguments
@@ -165,6 +174,7 @@ def run_make(arguments, caplog):
 COMMANDS = {
     ("python", "train.py"): run_train,
     ("python", "eval.py"): run_eval,
+    ("python", "-m", "flextok", "demo"): run_demo,
     ("python", "-m", "flextok"): run_flextok,
     ("python", "-m"): run_benchmark,
     ("torchrun",): run_torchrun,

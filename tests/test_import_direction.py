@@ -32,6 +32,7 @@ ALLOWED = {
     "reconstruct": {"seeding", *LIBRARY},
     "pictures": {"data", "utils"},
     "evaluation": {"data", "embedded", "pictures", "provenance", "reconstruct", "seeding", "training", *LIBRARY},
+    "demo": {"data", "evaluation", "reconstruct", *LIBRARY},
     "generation": {"data", "seeding", *LIBRARY},
 }
 # Only these parts may import the library at module level, everybody else inside functions.

@@ -2,6 +2,7 @@
 
 import io
 import logging
+import re
 import tracemalloc
 import urllib.request
 
@@ -154,3 +155,20 @@ def test_reconstruct(case, folder, model, tmp_path, capsys):
         assert (status, out.exists()) == (1, False)
         assert error.startswith(f"error: FILE: {folder / case.name} cannot be read: {case.expected.reason}")
         assert error.count("\n") == 1
+
+
+# --- demo; in a browser: tests/end_to_end/test_demo_browser.py --------------------------------------------------------
+
+
+@each_case
+def test_demo(case, folder):
+    gradio = pytest.importorskip("gradio")
+    from flextok.demo.app import read_upload
+
+    upload = gradio.FileData(path=str(folder / case.name), orig_name=f"../{case.name}")
+    if isinstance(case.expected, Handled):
+        image, name = read_upload(upload)
+        assert (image.mode, image.size, name) == ("RGB", case.expected.size, case.name)
+    else:
+        with pytest.raises(ValueError, match=f"^{re.escape(case.name)} cannot be read: {case.expected.reason}"):
+            read_upload(upload)

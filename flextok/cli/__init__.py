@@ -18,6 +18,7 @@ from flextok import __version__
 COMMANDS = {
     "compare": "compare evaluations of the same images, with confidence intervals",
     "completion": "print a script that completes these commands in a shell",
+    "demo": "try models in the browser: an image, a slider over its tokens, what comes back",
     "describe": "print every module of a model: keys it reads and writes, parameters, shapes",
     "detokenize": "turn tokens back into images",
     "export": "write a trained model as model.safetensors and config.json",

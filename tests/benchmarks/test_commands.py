@@ -1,6 +1,7 @@
 """Every command runs and writes what it promises; how fast anything is, is not judged here."""
 
 import json
+import shutil
 from dataclasses import replace
 
 import pytest
@@ -11,6 +12,7 @@ from benchmarks import (
     attention_backends,
     data_loading,
     decoding,
+    demo,
     flops,
     operator_calls,
     sample_data,
@@ -176,3 +178,14 @@ def test_the_stopwatch_counts_every_step_once_over_ends_of_epochs():
             ]  # As Lightning does, which does not ask for a fourth.
     assert seen == handed_out
     assert len(watch.steps) == len(watch.fetches) == len(watch.others) == 6
+
+
+@pytest.mark.slow
+def test_demo(run):
+    pytest.importorskip("playwright")
+    if not any(map(shutil.which, demo.BROWSERS)):
+        pytest.skip("needs Chromium or Chrome on the path")
+    content = run(demo, "--repeats", 1)
+    assert [row["what"] for row in content["rows"]] == [demo.READY, demo.FIRST, demo.SECOND, demo.SLIDER]
+    assert all(row["median_seconds"] > 0 for row in content["rows"])
+    assert content["checkpoint"] == ["embedded:photos"]
