@@ -68,7 +68,7 @@ def _encode(args: argparse.Namespace) -> None:
     from flextok.config import compose
     from flextok.data.latent_shards import LATENTS
     from flextok.data.latents import LatentsDataModule
-    from flextok.evaluation.run import pick_device
+    from flextok.evaluation.device import pick_device
     from flextok.provenance import weights_sha256
     from flextok.training.repa import FrozenTeacher
 
@@ -85,7 +85,7 @@ def _encode(args: argparse.Namespace) -> None:
     images.setup("predict")
     model = hydra.utils.instantiate(vae, _convert_="all")
     model.freeze()
-    model.to(pick_device(args.device)).eval()
+    model.to(pick_device(args.device, field="--device")).eval()
     settings: dict[str, Any] = {
         "vae": {name: value for name, value in vae.items() if name != "in_memory"},
         "vae_weights": weights_sha256(model),

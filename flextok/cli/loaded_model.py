@@ -38,10 +38,10 @@ def load_model(args: argparse.Namespace) -> Any:
     Raises:
         ValueError: There is no such model or device.
     """
-    from flextok.evaluation.run import pick_device
+    from flextok.evaluation.device import pick_device
     from flextok.evaluation.source import find_source
 
-    device = pick_device(args.device)
+    device = pick_device(args.device, field="--device")
     model, _ = find_source(args.checkpoint, runs=Path("runs")).load(weights=args.weights)
     return model.to(device).eval()
 

@@ -9,6 +9,7 @@ import torch
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 
+from flextok.evaluation.device import pick_device
 from flextok.evaluation.encoding import encode_split
 from flextok.evaluation.grid import check_forms, make_grid
 from flextok.evaluation.images import Batches
@@ -35,7 +36,7 @@ def run(config: DictConfig) -> tuple[dict[str, Any], Path]:
     Processes that `torchrun` started share the work, and all of them get the result.
     """
     settings = EvaluationSettings.from_mapping(_plain(config.evaluation))
-    with joined_processes(pick_device(settings.device)) as device:
+    with joined_processes(pick_device(settings.device, field="evaluation.device")) as device:
         return _run(config, settings, device)
 
 
@@ -117,19 +118,6 @@ def open_split(data: Mapping[str, Any], split: Literal["test", "val"]) -> Batche
     datamodule: ImageDataModule = instantiate(data, _convert_="all")
     datamodule.setup("validate" if split == "val" else "test")
     return datamodule.whole_batches(split)
-
-
-def pick_device(name: str) -> torch.device:
-    """`auto` is the first accelerator, else the CPU; anything else is a torch device name."""
-    if name == "auto":
-        accelerator = torch.accelerator.current_accelerator(check_available=True)
-        return accelerator or torch.device("cpu")
-    try:
-        device = torch.device(name)
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
-        raise ValueError(f"evaluation.device={name!r}: not usable here; valid are auto, cpu, cuda, ...") from error
-    return device
 
 
 def _plain(node: Any) -> Any:

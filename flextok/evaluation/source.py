@@ -100,16 +100,20 @@ def find_source(checkpoint: str, *, runs: Path) -> ModelSource:
     if checkpoint == "latest":
         newest = latest_run(runs)
         return ModelSource(path=newest, kind="run", run_folder=newest)
-    from flextok.training.checkpoints import run_folder_of
+    if checkpoint.startswith(PREFIX):
+        return ModelSource(path=embedded_model(checkpoint.removeprefix(PREFIX)), kind="export", run_folder=None)
     from flextok.training.run_folder import CONFIG
     from flextok.training.sharded_checkpoint import is_sharded_checkpoint
 
-    path = embedded_model(checkpoint.removeprefix(PREFIX)) if checkpoint.startswith(PREFIX) else Path(checkpoint)
+    path = Path(checkpoint)
     if not path.exists():
         raise ValueError(f"checkpoint={checkpoint}: does not exist; valid are {VALID}")
     # Links are followed: a `best.ckpt` that points into a run belongs to that run.
     path = path.resolve()
-    if is_sharded_checkpoint(path):
+    if is_sharded_checkpoint(path) or (path.suffix == ".ckpt" and not path.is_dir()):
+        # What reads runs takes seconds to import, and an export does without.
+        from flextok.training.checkpoints import run_folder_of
+
         return ModelSource(path=path, kind="checkpoint", run_folder=run_folder_of(path))
     if path.is_dir():
         if (path / CONFIG).is_file():
@@ -118,8 +122,6 @@ def find_source(checkpoint: str, *, runs: Path) -> ModelSource:
             return ModelSource(path=path, kind="export", run_folder=None)
     elif path.suffix == ".safetensors":
         return ModelSource(path=path, kind="file", run_folder=None)
-    elif path.suffix == ".ckpt":
-        return ModelSource(path=path, kind="checkpoint", run_folder=run_folder_of(path))
     raise ValueError(f"checkpoint={checkpoint}: not a model; valid are {VALID}")
 
 
