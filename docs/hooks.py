@@ -1,5 +1,6 @@
 """Pages of the site that are no documents of their own: the notebook, the config files, the table of benchmarks."""
 
+import re
 from base64 import b64decode
 from collections.abc import Iterator
 from pathlib import Path
@@ -7,6 +8,7 @@ from typing import Any
 
 import nbformat
 from mkdocs.config.defaults import MkDocsConfig
+from mkdocs.exceptions import PluginError
 from mkdocs.structure.files import File, Files
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -35,6 +37,14 @@ def on_page_markdown(markdown: str, **_: Any) -> str:
     for target, page in PAGES.items():
         markdown = markdown.replace(f"]({target}", f"]({page}")
     return markdown
+
+
+def on_post_page(output: str, **_: Any) -> str:
+    """Refuse a page that would load anything from elsewhere: links may lead away, the site itself needs no network."""
+    loaded = re.search(r"""<(?:script|link|img|iframe|source)\b[^>]*\b(?:src|href)=["']?(?:https?:)?//[^>]*>""", output)
+    if loaded is not None:
+        raise PluginError(f"the page loads {loaded[0]}; valid are files of the site alone")
+    return output
 
 
 def config_page(folder: Path) -> str:

@@ -6,6 +6,7 @@ python docs/make_pictures.py [FOLDER]     FOLDER takes the pictures, else docs/i
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any, get_args
 
 import hydra.utils
 import nbclient
@@ -19,7 +20,7 @@ from flextok import FlexTokFromHub
 from flextok.config import compose
 from flextok.embedded import embedded_model
 from flextok.flow_matching.path import interpolate
-from flextok.model.keep_k import sample_keep_k
+from flextok.model.keep_k import KeepKMode, sample_keep_k
 from flextok.pictures import image_grid, save_image
 from flextok.reconstruct import Encoded, decode_tokens, encode_images
 from flextok.regularizers.quantize_fsq import FSQ
@@ -86,7 +87,7 @@ def keep_k_distributions(photos: Photos, file: Path) -> None:
     """How often training keeps how many of 32 tokens."""
     figure = Figure(figsize=(10, 2.4), layout="constrained")
     generator = torch.Generator().manual_seed(0)
-    for axes, mode in zip(figure.subplots(1, 3, sharey=True), ("uniform", "pow2", "uniform_pow2"), strict=True):
+    for axes, mode in zip(figure.subplots(1, 3, sharey=True), get_args(KeepKMode), strict=True):
         drawn = torch.tensor(sample_keep_k(mode, [32] * 100_000, generator)).clamp(max=32)
         axes.bar(range(1, 33), torch.bincount(drawn, minlength=33)[1:] / len(drawn))
         _label(axes, f"keep_k_sampling={mode}", "keep_k", "share")
@@ -116,7 +117,7 @@ def decoder_mask(form: str, keep_ks: list[int]) -> tuple[Tensor, list[int]]:
     """`[tokens, tokens]` of a row of two samples, and how many patches and registers of each are in it."""
     sizes = ("data=digits", "size.registers=8", "size.null_condition_prob=0")
     model = hydra.utils.instantiate(compose([*sizes, f"dropout={form}"]).model).train()
-    data = {
+    data: dict[str, Any] = {
         "enc_registers_quant": [torch.zeros(1, 8, 6)] * 2,
         "vae_latents_noised": [torch.zeros(1, 3, 8, 8)] * 2,
         "sampled_keep_k": keep_ks,

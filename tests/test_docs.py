@@ -227,13 +227,25 @@ def test_the_examples_of_extending_learn(tmp_path, monkeypatch):
     for _, text in blocks(REPOSITORY / "docs/extending.md"):
         if not write_file_block(text) and text.startswith("import numpy"):
             exec(compile(text, "extending.md", "exec"), {})
-    short = ("trainer.max_steps=2", "trainer.val_check_interval=2", "optimizer.total_steps=2", "optimizer.warmup_steps=0")
+    short = (
+        "trainer.max_steps=2",
+        "trainer.val_check_interval=2",
+        "optimizer.total_steps=2",
+        "optimizer.warmup_steps=0",
+    )
     for name, overrides in {
         "noisy": ["model=noisy"],
         "windowed": ["model=windowed", "size.registers=8"],
         "array": ["data=array", "data.file=my_images.npy"],
     }.items():
-        config = small_config(Path(name), "hydra.searchpath=[my_configs]", *overrides, *short, "data.batch_size=64")
+        config = small_config(
+            Path(name),
+            "hydra.searchpath=[my_configs]",
+            *overrides,
+            *short,
+            "optimizer.warmup_steps=0",
+            "data.batch_size=64",
+        )
         check_config(config)
         assert run(config)["train/loss"] > 0
     model, _ = load_run("noisy", trust=True)
