@@ -51,7 +51,7 @@ lint: $(VENV)/.installed-dev ## Check style, format and types
 
 docs: $(VENV)/.installed-dev ## Build the documentation, without broken links
 	@echo "==> Building the documentation"
-	@NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet
+	@NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build # not --quiet: then warnings are not counted and do not fail it
 	@echo "==> build/site/index.html"
 
 format: $(VENV)/.installed-dev ## Format the code and fix what can be fixed

@@ -172,6 +172,8 @@ def executed(file: Path) -> nbformat.NotebookNode:
     for cell in notebook.cells:
         if cell.cell_type == "code":  # Warnings of libraries are those of one machine.
             cell.outputs = [output for output in cell.outputs if output.get("name") != "stderr"]
+            for output in cell.outputs:
+                output.get("data", {}).pop("image/jpeg", None)  # beside the same picture as PNG
     return notebook
 
 
