@@ -11,7 +11,7 @@ INSTALL := $(BIN)/python -m pip install -qq --disable-pip-version-check \
 .DEFAULT_GOAL := help
 .NOTPARALLEL: # two installations into one environment would break it
 .DELETE_ON_ERROR:
-.PHONY: help demo test test-slow lint format clean
+.PHONY: help demo test test-slow lint docs format clean
 
 help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -48,6 +48,11 @@ lint: $(VENV)/.installed-dev ## Check style, format and types
 	@$(BIN)/python -m ruff format --check .
 	@echo "==> Checking types"
 	@$(BIN)/python -m mypy
+
+docs: $(VENV)/.installed-dev ## Build the documentation, without broken links
+	@echo "==> Building the documentation"
+	@NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build # not --quiet: then warnings are not counted and do not fail it
+	@echo "==> build/site/index.html"
 
 format: $(VENV)/.installed-dev ## Format the code and fix what can be fixed
 	@$(BIN)/python -m ruff check --fix-only .

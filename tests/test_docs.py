@@ -12,6 +12,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import torch
 from huggingface_hub import HfApi
 from PIL import Image
 
@@ -190,14 +191,31 @@ def run_command(words, caplog):
     raise ValueError(f"no test knows the command {shlex.join(words)}")
 
 
+def write_file_block(text: str) -> bool:
+    """Write a block that begins with a comment such as `# my_modules.py` into that file; False for any other.
+
+    In a config the package comes first, for Hydra reads only the first lines.
+    """
+    name = re.match(r"(?:# @package .*\n)?# ([\w/]+\.(?:py|yaml))\n", text)
+    if name is None:
+        return False
+    Path(name[1]).parent.mkdir(parents=True, exist_ok=True)
+    Path(name[1]).write_text(text)
+    return True
+
+
 @each_document
 def test_commands_and_code_work_in_their_order(document, prepared, tmp_path, monkeypatch, caplog):
     shutil.copytree(prepared, tmp_path, dirs_exist_ok=True)
     monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)
     # The hub itself is not asked.
     monkeypatch.setattr(HfApi, "create_repo", lambda api, repo_id, **options: SimpleNamespace(repo_id=repo_id))
     monkeypatch.setattr(HfApi, "upload_folder", lambda api, **options: "uploaded")
     for language, text in blocks(document):
+        if write_file_block(text):
+            continue
+        assert language != "yaml", "no test knows what to do with it: its first line has to name a file"
         if language == "sh":
             for words in commands(text):
                 caplog.clear()
@@ -209,9 +227,53 @@ def test_commands_and_code_work_in_their_order(document, prepared, tmp_path, mon
             exec(compile(text, str(document), "exec"), {})
 
 
+def test_the_examples_of_extending_learn(tmp_path, monkeypatch):
+    """Two steps with each example, which the commands only compose, and the noise is there in training alone."""
+    from flextok.training.checkpoints import load_run
+    from flextok.training.run import run
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)
+    for _, text in blocks(REPOSITORY / "docs/extending.md"):
+        if not write_file_block(text) and text.startswith("import numpy"):
+            exec(compile(text, "extending.md", "exec"), {})
+    short = (
+        "trainer.max_steps=2",
+        "trainer.val_check_interval=2",
+        "optimizer.total_steps=2",
+        "optimizer.warmup_steps=0",
+    )
+    for name, overrides in {
+        "noisy": ["model=noisy"],
+        "windowed": ["model=windowed", "size.registers=8"],
+        "array": ["data=array", "data.file=my_images.npy"],
+    }.items():
+        config = small_config(
+            Path(name),
+            "hydra.searchpath=[my_configs]",
+            *overrides,
+            *short,
+            "optimizer.warmup_steps=0",
+            "data.batch_size=64",
+        )
+        check_config(config)
+        assert run(config)["train/loss"] > 0
+    model, _ = load_run("noisy", trust=True)
+    noise = model.encoder.module_dict["enc_noise"]
+    entries = [torch.zeros(1, 4, 6)]
+    assert noise({"enc_registers": entries})["enc_registers"] is entries
+    assert noise.train()({"enc_registers": entries})["enc_registers"].tensor.std() > 0.05
+    windowed, _ = load_run("windowed", trust=True)
+    with torch.no_grad():
+        mask = windowed.encode({"rgb": [torch.zeros(1, 3, 8, 8)]})["enc_block_mask"]
+    # 4 patches, which see no register, and 8 registers, of which the last sees 4.
+    assert mask[0, 0, -1].tolist() == [True] * 4 + [False] * 4 + [True] * 4
+    assert not mask[0, 0, :4, 4:].any()
+
+
 @each_document
 def test_fenced_blocks_name_a_language_we_check(document):
-    assert {language for language, _ in blocks(document)} <= {"sh", "python", "text", "bibtex"}
+    assert {language for language, _ in blocks(document)} <= {"sh", "python", "yaml", "text", "bibtex"}
 
 
 def test_the_output_of_describe_is_the_real_one(capsys):

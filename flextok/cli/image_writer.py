@@ -150,8 +150,7 @@ def _write(
 def prepare_image(key: str, content: bytes, *, image_size: int | None, quality: int) -> ImageFile:
     """The file as it is, or as a JPEG whose shorter side is `image_size` if it is larger and a size is given.
 
-    Raises:
-        One of `DECODE_ERRORS`: It is no complete image.
+    Raises one of `DECODE_ERRORS` if it is no complete image.
     """
     image = decode(content)
     shorter = min(image.size)

@@ -22,7 +22,7 @@ _CHUNK = 2**16
 class RawSample(NamedTuple):
     """A sample that nobody has decoded yet.
 
-    Args:
+    Attributes:
         key: The name of the sample, unique in its shard.
         image: The bytes of its first image file, or `None` if it has none.
     """

@@ -37,8 +37,7 @@ Encoded: TypeAlias = Path | bytes | Image.Image
 def decode(encoded: Encoded) -> Image.Image:
     """Read a JPEG, PNG or WebP as RGB, upright as its EXIF orientation says; the first frame of an animation.
 
-    Raises:
-        One of `DECODE_ERRORS`: This is not a complete image of one of these formats, or one of more than `MAX_PIXELS`.
+    Raises one of `DECODE_ERRORS` if this is no complete image of one of these formats, or has more than `MAX_PIXELS`.
     """
     image = _load(encoded)
     # Only where needed: exif_transpose copies the image even if it is upright already.

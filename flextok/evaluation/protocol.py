@@ -103,4 +103,5 @@ def metric_definitions(image_sizes: list[list[int]]) -> dict[str, Any]:
 
 
 def device_name(device: torch.device) -> str:
+    """The kind of the device; of CUDA also the name of the GPU."""
     return f"cuda ({torch.cuda.get_device_name(device)})" if device.type == "cuda" else device.type

@@ -76,6 +76,7 @@ def modulations(
 
 
 def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
+    """`x * (1 + scale) + shift`, of shapes that broadcast."""
     return x * (1 + scale) + shift
 
 

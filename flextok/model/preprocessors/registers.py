@@ -13,6 +13,7 @@ from flextok.model.packed_list import PackedList
 
 
 def is_power_of_two(n: int) -> bool:
+    """Whether n is 1, 2, 4, 8, ..."""
     return n > 0 and n & (n - 1) == 0
 
 

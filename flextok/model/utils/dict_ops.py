@@ -21,14 +21,17 @@ def channels_last_to_first(x: Tensor) -> Tensor:
 
 
 def sum_tensors(*tensors: Tensor) -> Tensor:
+    """Their sum, of shapes that broadcast."""
     return reduce(torch.add, tensors)
 
 
 def multiply_tensors(*tensors: Tensor) -> Tensor:
+    """Their product, of shapes that broadcast."""
     return reduce(torch.mul, tensors)
 
 
 def concat_tensors(*tensors: Tensor, dim: int = -1) -> Tensor:
+    """One after another along `dim`."""
     return torch.cat(tensors, dim=dim)
 
 
@@ -81,7 +84,9 @@ class PerSampleReducer(nn.Module):
     """Combine the entries of several lists sample by sample.
 
     Raises:
-        KeyError: a key is missing. TypeError: a value is no list. ValueError: the lists differ in length.
+        KeyError: a key is missing.
+        TypeError: a value is no list.
+        ValueError: the lists differ in length.
     """
 
     def __init__(self, read_keys: Sequence[str], write_key: str, per_sample_op: Callable[..., Tensor]) -> None:
