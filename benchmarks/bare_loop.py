@@ -40,10 +40,15 @@ class BareLoop:
         self.seed: int = cfg.seed
         self.steps = 0
 
+    def loss(self, batch: Batch) -> Tensor:
+        """The loss of a batch, with the draws of the step that is next."""
+        rng = training_generator(self.seed, step=self.steps, micro_batch=0, rank=0)
+        loss: Tensor = self.objective(self.model, {**model_inputs(self.model, batch), RNG_KEY: rng})["total"]
+        return loss
+
     def step(self, batch: Batch) -> None:
         """Train on one batch."""
-        rng = training_generator(self.seed, step=self.steps, micro_batch=0, rank=0)
-        self.objective(self.model, {**model_inputs(self.model, batch), RNG_KEY: rng})["total"].backward()
+        self.loss(batch).backward()
         nn.utils.clip_grad_norm_(self.parameters, self.max_norm)
         self.optimizer.step()
         self.optimizer.zero_grad()
