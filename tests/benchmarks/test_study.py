@@ -134,7 +134,7 @@ def test_a_run_that_fails_names_its_log(tmp_path):
     broken = replace(MINIATURE, data=(replace(MINIATURE.data[0], overrides=("experiment=none",)),))
     run = Run(broken.data[0], Variant("packed", "rectified_flow"), 0)
     with pytest.raises(RuntimeError, match=r"train.py experiment=none .* ended with \d+, see .*study.log"):
-        runs.do(run, broken, tmp_path, threads=1)
+        runs.do(run, broken, tmp_path)
     assert "none" in (run.folder(tmp_path) / "study.log").read_text()
 
 
