@@ -43,6 +43,7 @@ def made_up(path: Path) -> Evaluated:
         metrics={"protocol": protocol, "tokens": tokens},
         images=[(str(number), "sum") for number in range(IMAGES)],
         per_image=per_image,
+        lengths={},
     )
 
 

@@ -43,7 +43,7 @@ def completed(script_file, line, folder):
     ("line", "expected"),
     [
         ("flextok tok", {"tokenize"}),
-        ("flextok de", {"describe", "detokenize"}),
+        ("flextok de", {"demo", "describe", "detokenize"}),
         ("flextok tokenize --for", {"--format"}),
         ("flextok tokenize --format ", {"parquet", "webdataset"}),
         ("flextok completion ", set(SHELLS)),

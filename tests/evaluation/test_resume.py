@@ -130,7 +130,8 @@ def assert_same_files(folder, expected, digits=None):
 
 
 @pytest.mark.fault("kill -9 of an evaluation")
-@pytest.mark.parametrize("point", [0, 1, 4])  # The fifth is the search for the first target.
+# The fifth is the search for the first target.
+@pytest.mark.parametrize("point", [1, *(pytest.param(point, marks=pytest.mark.slow) for point in (0, 4))])
 def test_a_killed_sweep_gives_the_files_of_one_that_was_not(point, export, undisturbed, tmp_path):
     sweep = (*SWEEP, *of(export, tmp_path))
     fuse = {FUSE: str(BATCHES * (1 + point) + 3)}

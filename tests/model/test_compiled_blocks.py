@@ -67,7 +67,8 @@ def compile_and_train(form, backend="aot_eager", num_steps=10):
     return json.loads(python_output("-W", "ignore", "-c", PROGRAM, form, backend, num_steps).splitlines()[-1])
 
 
-@pytest.mark.parametrize("form", ["packed", *(pytest.param(form, marks=pytest.mark.slow) for form in FORMS[:2])])
+@pytest.mark.slow
+@pytest.mark.parametrize("form", FORMS)
 def test_ten_steps_of_training_compile_a_few_graphs(form):
     """That the numbers are the same is asserted by the program."""
     seen = compile_and_train(form)
