@@ -186,6 +186,7 @@ def test_interruptions_at_random_points_change_nothing(tmp_path, monkeypatch):
     assert not list((tmp_path / "broken").glob(".*"))
 
 
+@pytest.mark.slow
 def test_a_killed_process_goes_on(tmp_path):
     changes = ("data.train_crops_per_epoch=1200", "data.image_size=16")
     arguments = (*photos(*changes), "--variants", "2", "--shard-size", "16", "--batch-size", "4")

@@ -134,6 +134,7 @@ def test_leaving_dropped_tokens_out_changes_no_velocity(released):
     assert max_difference(velocity(masked, some)[:1], velocity(masked, every)[:1]) > 1e-3
 
 
+@pytest.mark.slow
 def test_the_three_commands_lead_from_images_to_numbers(tmp_path):
     short = ("trainer.max_steps=2", "optimizer.warmup_steps=1", "trainer.val_check_interval=2", "data.batch_size=8")
     runs = f"paths.runs={tmp_path / 'runs'}"
