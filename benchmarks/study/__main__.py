@@ -33,7 +33,7 @@ def main(arguments: Sequence[str] | None = None, *, plan: Plan = PLAN, page_path
     options = parse(command, arguments)
     wanted = {options.only} if options.only else {"runs", "speed", "analysis"}
     known: dict[str, Any] = json.loads(options.out.read_text(encoding="utf-8")) if options.out.exists() else {}
-    content: dict[str, Any] = {name: known[name] for name in ("studies", "speed", "sampling_steps") if name in known}
+    content: dict[str, Any] = {name: known[name] for name in ("studies", "speed") if name in known}
     if "runs" in wanted:
         run_all(plan, options.folder, jobs=options.jobs)
     if "speed" in wanted:
@@ -41,12 +41,11 @@ def main(arguments: Sequence[str] | None = None, *, plan: Plan = PLAN, page_path
         content["speed"] = {data.name: measure_speed(data, repeats=options.repeats) for data in plan.data}
     if "analysis" in wanted:
         content["studies"] = analyse(plan, options.folder)
-        content["sampling_steps"] = list(plan.sampling_steps)
     write(options, content)
     if "studies" in content and "speed" in content:
         for study in content["studies"]:
             picture = page_path.parent / "images" / f"study_{study['data']}.png"
-            figures.draw(study, plan.sampling_steps).savefig(picture, dpi=110)
+            figures.draw(study).savefig(picture, dpi=110)
         page_path.write_text(page.fill_in(page_path.read_text(encoding="utf-8"), content), encoding="utf-8")
         print(f"written to {page_path}")
 

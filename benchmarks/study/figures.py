@@ -14,15 +14,15 @@ LINES = dict(zip(OBJECTIVES, ("-", "--"), strict=True))
 Rows = Sequence[Mapping[str, Any]]
 
 
-def draw(study: Mapping[str, Any], sampling_steps: Sequence[int]) -> "Figure":
+def draw(study: Mapping[str, Any]) -> "Figure":
     """Curves of PSNR at the most and the fewest steps, PSNR over the steps, and the entropy of each position."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(11, 7.6), layout="constrained")
     panels: list[Axes] = list(figure.subplots(2, 2).flat)
-    most, fewest = max(sampling_steps), min(sampling_steps)
     rows = [row for row in study["curves"] if row["metric"] == "psnr"]
-    for axes, steps in zip(panels, (most, fewest), strict=False):
+    sampling_steps = sorted({row["steps"] for row in rows})
+    for axes, steps in zip(panels, (sampling_steps[-1], sampling_steps[0]), strict=False):
         curves = [row for row in rows if row["steps"] == steps and row["keep_k"] is not None]
         _lines(axes, curves, lambda row: row["keep_k"])
         _logarithmic(axes, study["keep_ks"])

@@ -38,7 +38,8 @@ def run(args: argparse.Namespace) -> int:
     import torch
 
     from flextok.data.transforms import read_image, resize_shorter_center_crop, to_tensor
-    from flextok.evaluation.reconstruction import psnr_of_mse, to_unit_range
+    from flextok.evaluation.grid import tokens_label
+    from flextok.evaluation.reconstruction import psnr, to_unit_range
     from flextok.model.keep_k import default_keep_ks
     from flextok.pictures import image_grid, save_image
     from flextok.reconstruct import decode_tokens, encode_images
@@ -63,9 +64,9 @@ def run(args: argparse.Namespace) -> int:
         encoded = encode_images(model, image.to(model.device), [args.file.name], seed=args.seed)
         for keep_k in keep_ks:
             decoded = decode_tokens(model, encoded, keep_k=keep_k, seed=args.seed, **sampling_options(args)).cpu()
-            psnr = psnr_of_mse(float((to_unit_range(decoded) - to_unit_range(image)).square().mean()))
-            rows[f"{keep_k} token{'s' if keep_k > 1 else ''}\n{keep_k * bits:.0f} bits, {psnr:.1f} dB"] = decoded
-            print(f"{keep_k:6d}  {keep_k * bits:8.1f}  {psnr:7.2f}")
+            (quality,) = psnr(to_unit_range(decoded), to_unit_range(image))
+            rows[f"{tokens_label(keep_k)}\n{keep_k * bits:.0f} bits, {quality:.1f} dB"] = decoded
+            print(f"{keep_k:6d}  {keep_k * bits:8.1f}  {quality:7.2f}")
     save_image(image_grid(rows), out)
     print(f"-> {out}")
     return 0

@@ -9,6 +9,7 @@ from flextok.data.transforms import to_pil
 from flextok.demo.mask import ATTENDS, ATTENDS_MASK_TOKEN, HIDDEN, MASK_COLORS, decoder_layout, draw_mask, full_mask
 from flextok.demo.pictures import LARGEST_CHANGE, change, data_uri, draw_change
 from flextok.demo.workbench import Reading, Reconstruction, Sampling, Workbench
+from flextok.evaluation.grid import tokens_label
 from flextok.model.keep_k import default_keep_ks
 
 # Below, the browser draws pixels as squares; above, it smooths.
@@ -84,7 +85,7 @@ def _card(workbench: Workbench, reading: Reading, keep_k: int, sampling: Samplin
     }
     figures = [
         _figure("image", to_pil(reading.square[0]), "As the model reads it", f"{name}, {side} × {side} pixels"),
-        _figure("reconstruction", _picture(shown), "Reconstruction", f"from {_tokens(kept)}"),
+        _figure("reconstruction", _picture(shown), "Reconstruction", f"from {tokens_label(kept)}"),
         _change_figure(pairs),
     ]
     return (
@@ -120,10 +121,10 @@ def _mask(reading: Reading, kept: int) -> str:
         if bool((mask == code).any())
     )
     dropped = model.num_tokens - kept
-    row = ", ".join([f"{num_patches} patches", _tokens(kept), *([f"{dropped} dropped"] if dropped else [])])
+    row = ", ".join([f"{num_patches} patches", tokens_label(kept), *([f"{dropped} dropped"] if dropped else [])])
     return (
         "<div class='ft-mask'><h4>Mask of the decoder</h4>"
-        f"<img src='{data_uri(picture)}' alt='mask of the decoder with {_tokens(kept)}'>"
+        f"<img src='{data_uri(picture)}' alt='mask of the decoder with {tokens_label(kept)}'>"
         f"<p>Each row attends to columns: {row}.</p><ul>{words}</ul></div>"
     )
 
@@ -144,7 +145,7 @@ def _strip(workbench: Workbench, reading: Reading, sampling: Sampling) -> list[s
     for before, shown in zip([None, *made], made, strict=False):
         change_of_it = None if before is None else draw_change(change(before.image, shown.image))
         note = f"{shown.keep_k * model.bits_per_token:,.0f} bits<br>{shown.psnr:.1f} dB"
-        cells.append(_column(_picture(shown), _tokens(shown.keep_k), note, below=change_of_it))
+        cells.append(_column(_picture(shown), tokens_label(shown.keep_k), note, below=change_of_it))
     return cells
 
 
@@ -172,7 +173,3 @@ def _picture(shown: Reconstruction) -> Image.Image:
 
 def _fact(name: str, value: str, note: str) -> str:
     return f"<div><dt>{name}</dt><dd>{value}<small>{note}</small></dd></div>"
-
-
-def _tokens(count: int) -> str:
-    return "1 token" if count == 1 else f"{count} tokens"

@@ -12,7 +12,7 @@ from PIL import Image
 from torch import Tensor
 
 from flextok.data.transforms import resize_shorter_center_crop, to_tensor, to_uint8
-from flextok.evaluation.reconstruction import psnr_of_mse, to_unit_range
+from flextok.evaluation.reconstruction import psnr, to_unit_range
 from flextok.flextok_wrapper import FlexTok
 from flextok.reconstruct import Encoded, decode_tokens, encode_images
 
@@ -134,8 +134,8 @@ class Workbench:
         options = asdict(sampling)
         with torch.no_grad():
             images = decode_tokens(reading.model.model, same, keep_k=keep_ks, seed=self.seed, **options).cpu()
-        errors = (to_unit_range(images) - to_unit_range(reading.square)).square().flatten(1).mean(1)
+        qualities = psnr(to_unit_range(images), to_unit_range(reading.square))
         return [
-            Reconstruction(keep_k, image, psnr_of_mse(error))
-            for keep_k, image, error in zip(keep_ks, to_uint8(images), errors.tolist(), strict=True)
+            Reconstruction(keep_k, image, quality)
+            for keep_k, image, quality in zip(keep_ks, to_uint8(images), qualities, strict=True)
         ]

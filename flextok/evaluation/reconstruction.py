@@ -53,6 +53,11 @@ def psnr_of_mse(mse: float) -> float:
     return PSNR_CAP if mse <= 10 ** (-PSNR_CAP / 10) else -10 * math.log10(mse)
 
 
+def psnr(reconstructions: Tensor, images: Tensor) -> list[float]:
+    """PSNR in dB of each of `[B, 3, H, W]` images in [0, 1]; one image may stand for all, `[1, 3, H, W]`."""
+    return [psnr_of_mse(mse) for mse in (reconstructions - images).square().flatten(1).mean(1).tolist()]
+
+
 def ssim_window(height: int, width: int) -> int:
     """Side of the Gaussian window in pixels: the usual 11, but 5 if a side is below 11, and 3 if below 8.
 

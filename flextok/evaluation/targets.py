@@ -7,13 +7,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from flextok.evaluation.networks import Networks
-from flextok.evaluation.reconstruction import psnr_of_mse, ssim, to_unit_range
+from flextok.evaluation.reconstruction import psnr, ssim, to_unit_range
 
 NO_NETWORKS = Networks()
-
-
-def _psnr(reconstructions: Tensor, images: Tensor) -> list[float]:
-    return [psnr_of_mse(value) for value in (reconstructions - images).square().flatten(1).mean(1).tolist()]
 
 
 def _ssim(reconstructions: Tensor, images: Tensor) -> list[float]:
@@ -21,7 +17,7 @@ def _ssim(reconstructions: Tensor, images: Tensor) -> list[float]:
 
 
 # Of images in [0, 1]; more is better. Of everything that a network measures less is better.
-_METRICS = {"psnr": _psnr, "ssim": _ssim}
+_METRICS = {"psnr": psnr, "ssim": _ssim}
 
 
 @dataclass(frozen=True)

@@ -112,7 +112,7 @@ def test_a_page_without_a_place_for_a_table_is_refused():
 
 def test_pictures_are_drawn_from_the_results(made_up_studies):
     for made in made_up_studies:
-        drawn = figures.draw(made, PLAN.sampling_steps)
+        drawn = figures.draw(made)
         assert [len(axes.containers) for axes in drawn.axes[:3]] == [len(VARIANTS)] * 3
         assert len(drawn.axes[3].lines) == len(VARIANTS) + 1
 
