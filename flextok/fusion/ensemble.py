@@ -112,6 +112,7 @@ class _EnsembleRows(Rows):
     def select(self, index: Tensor) -> None:
         first = torch.arange(self._num_wordings, device=index.device)[:, None] * self._num_questions
         self._rows.select((first + index).flatten())
+        self._num_questions = len(index)
         if self._weights is not None:
             self._weights = self._weights[:, index.to(self._weights.device)]
 
