@@ -2,8 +2,8 @@
 
 import re
 import unicodedata
-from collections.abc import Sequence
-from typing import Protocol
+from collections.abc import Mapping, Sequence
+from typing import Any, Protocol
 
 LEMMATIZERS = ("simple", "spacy")
 
@@ -70,3 +70,12 @@ def make_lemmatizer(name: str) -> Lemmatizer:
     if name not in LEMMATIZERS:
         raise ValueError(f"lemmatizer={name!r} is unknown; valid: {', '.join(LEMMATIZERS)}")
     return SimpleLemmatizer() if name == "simple" else SpacyLemmatizer()
+
+
+def add_lemmas(rows: Sequence[Mapping[str, Any]], lemmatizer: Lemmatizer) -> list[dict[str, Any]]:
+    """Rows of results with `predict_lemma` and `answer_lemmas`, made of `prediction` and `answers`."""
+    texts = [text for row in rows for text in (row["prediction"], *row["answers"])]
+    lemmas = iter(lemmatizer(texts))
+    return [
+        {**row, "predict_lemma": next(lemmas), "answer_lemmas": [next(lemmas) for _ in row["answers"]]} for row in rows
+    ]
