@@ -7,6 +7,7 @@ if TYPE_CHECKING:
     from flextok.fusion.attention import FusionMask, fusion_attention
     from flextok.fusion.ensemble import combine_logits, generate_ensemble
     from flextok.fusion.generate import FusionOutput, generate_fused
+    from flextok.fusion.mass import attention_mass
     from flextok.fusion.packing import (
         MissingTailWarning,
         PackedPrompt,
@@ -24,6 +25,7 @@ __all__ = [
     "MissingTailWarning",
     "PackedPrompt",
     "Sampling",
+    "attention_mass",
     "combine_logits",
     "concatenate_paraphrases_with_positions",
     "fusion_attention",
@@ -37,6 +39,7 @@ _MODULES = {
     "attention": ("FusionMask", "fusion_attention"),
     "ensemble": ("combine_logits", "generate_ensemble"),
     "generate": ("FusionOutput", "generate_fused"),
+    "mass": ("attention_mass",),
     "packing": (
         "MissingTailWarning",
         "PackedPrompt",
