@@ -64,7 +64,7 @@ class Answerer:
         first = prompts[0].wording_spans[0][0]
         prefix = prompts[0].input_ids[:first].tolist()
         segments, tail = [prompt.input_ids[first:].tolist() for prompt in prompts], []
-        if options.tail != "":
+        if options.shared_tail:
             tail = prompts[0].input_ids[prompts[0].fusion_start :].tolist()
             segments = [segment[: len(segment) - len(tail)] for segment in segments]
         if not options.shared_prefix:
@@ -80,10 +80,9 @@ class Answerer:
 
     def _prompts(self, question: PromptTexts) -> list[PackedPrompt]:
         """The prompt of each wording by itself."""
-        # An empty tail only moves the cue; no prompt does without it.
-        tail = self.options.tail or question.tail
         return [
-            pack_prompts([wording], self.tokenizer, prefix=question.prefix, tail=tail) for wording in question.wordings
+            pack_prompts([wording], self.tokenizer, prefix=question.prefix, tail=question.tail)
+            for wording in question.wordings
         ]
 
     def _each_wording(self, questions: Sequence[PromptTexts]) -> list[list[Answer]]:

@@ -51,9 +51,10 @@ class MethodOptions:
     max_new_tokens: int
     positions: "Positions"
     separator: str | None
-    tail: str | None
-    """None is the cue that the prompts come with, "" leaves it at the end of each wording."""
     shared_prefix: bool
+    """Whether instruction and examples are read once for all wordings."""
+    shared_tail: bool
+    """Whether the cue for the answer comes once, after the wordings; else each wording ends with it."""
     gap_keys: "GapKeys"
     backend: "FusionBackend"
     strategy: "Strategy"

@@ -16,8 +16,8 @@ OPTIONS = MethodOptions(
     max_new_tokens=6,
     positions="restart",
     separator=None,
-    tail=None,
     shared_prefix=True,
+    shared_tail=True,
     gap_keys="visible",
     backend="auto",
     strategy=Greedy(),
@@ -93,7 +93,7 @@ def test_without_a_tail_each_wording_keeps_the_cue(toy):
     _, tokenizer = toy
     cue = tokenizer("\nA:")["input_ids"]
     with pytest.warns(MissingTailWarning):
-        packed = answerer(toy, tail="").packed(QUESTIONS[0])
+        packed = answerer(toy, shared_tail=False).packed(QUESTIONS[0])
     assert packed.fusion_start == len(packed)
     for start, end in packed.wording_spans:
         assert packed.input_ids[start:end].tolist()[-len(cue) :] == cue
@@ -101,7 +101,7 @@ def test_without_a_tail_each_wording_keeps_the_cue(toy):
 
 def test_another_tail_and_a_separator_are_in_the_prompt(toy):
     _, tokenizer = toy
-    packed = answerer(toy, tail="\nAnswer:", separator=" | ").packed(QUESTIONS[0])
+    packed = answerer(toy, separator=" | ").packed(replace(QUESTIONS[0], tail="\nAnswer:"))
     assert tokenizer.decode(packed.input_ids[packed.fusion_start :]) == "\nAnswer:"
     text = tokenizer.decode(packed.input_ids)
     assert text == (

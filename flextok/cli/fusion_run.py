@@ -1,0 +1,143 @@
+"""Answering questions as settings of paraphrase fusion say, into a file."""
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from flextok.cli.fusion_questions import Question, Questions
+from flextok.cli.fusion_settings import FusionSettings
+
+if TYPE_CHECKING:
+    from flextok.cli.fusion_scores import AnswerFile
+    from flextok.fusion.answerer import Answerer
+    from flextok.fusion.lemmas import Lemmatizer
+    from flextok.fusion.methods import Answer
+    from flextok.fusion.prompts import PromptStyle
+    from flextok.fusion.result_file import ResultFile
+
+
+def load_answerer(settings: FusionSettings) -> "Answerer":
+    """The model on its device, ready to answer.
+
+    Raises:
+        ValueError: there is no such model or device.
+    """
+    import torch
+
+    from flextok.evaluation.device import pick_device
+    from flextok.fusion.answerer import Answerer
+    from flextok.fusion.language_model import load_language_model
+
+    device = pick_device(settings.device, field="fusion.device")
+    model, tokenizer = load_language_model(settings.model, device="cpu")
+    if settings.dtype is not None:
+        model = model.to(getattr(torch, settings.dtype))
+    return Answerer(model.to(device), tokenizer, settings.method_options())
+
+
+def result_path(settings: FusionSettings) -> Path:
+    """Where the answers go."""
+    from flextok.fusion.results import result_name
+
+    count = None if settings.indices is not None else settings.num_paraphrases
+    name = result_name(settings.method, num_paraphrases=count, indices=settings.indices)
+    return Path(settings.out).expanduser() / f"{name}.{settings.format}"
+
+
+def run_config_of(settings: FusionSettings, lemmatizer: "Lemmatizer") -> dict[str, Any]:
+    """What the file of answers says about how they are made."""
+    return settings.recorded() | {"lemmatizer": lemmatizer.name}
+
+
+def answer_with_progress(
+    settings: FusionSettings, questions: Questions, answerer: "Answerer | None" = None
+) -> "AnswerFile":
+    """Answer all questions, or those that an interrupted run left, with a bar on the terminal.
+
+    Args:
+        answerer: None loads the model, when it is certain that the file can be written.
+
+    Raises:
+        FileExistsError, ValueError: as `ResultFile` and `Answerer` do.
+    """
+    from tqdm import tqdm
+
+    from flextok.cli.fusion_scores import answer_file
+    from flextok.fusion.lemmas import make_lemmatizer
+    from flextok.fusion.matching import lemma_match
+    from flextok.fusion.result_file import ResultFile
+
+    lemmatizer = make_lemmatizer(settings.lemmatizer)
+    run_config = run_config_of(settings, lemmatizer)
+    path = result_path(settings)
+    right, counted = {"exact": 0, "contains": 0}, 0
+    with ResultFile(path, run_config, overwrite=settings.overwrite, resume=settings.resume) as results:
+        answerer = answerer or load_answerer(settings)
+        steps = answer_all(answerer, questions, results, lemmatizer, batch_size=settings.batch_size)
+        with tqdm(total=len(questions), initial=next(steps), desc=settings.method, unit="question") as bar:
+            for done in steps:
+                new, counted = results.rows[counted:], len(results.rows)
+                for mode in right:
+                    right[mode] += sum(lemma_match(row["predict_lemma"], row["answer_lemmas"], mode) for row in new)
+                bar.set_postfix({mode: f"{count / counted:.3f}" for mode, count in right.items()}, refresh=False)
+                bar.update(done - bar.n)
+    return answer_file(path.stem, results.rows, results.run_config)
+
+
+def answer_all(
+    answerer: "Answerer", questions: Questions, results: "ResultFile", lemmatizer: "Lemmatizer", *, batch_size: int
+) -> Iterator[int]:
+    """Answer what is not in `results` yet, batch by batch; yields how many questions are done, those before included.
+
+    The file also says what was measured over the questions of this call.
+    """
+    from flextok.fusion.lemmas import add_lemmas
+
+    is_by_wording = answerer.options.method == "per_prompt"
+    missing = [
+        question
+        for question in questions.questions
+        if any((question.item.uuid, variant) not in results.done for variant in _variants(question, is_by_wording))
+    ]
+    measured = {"questions": 0, "prompt_tokens": 0, "new_tokens": 0, "seconds": 0.0}
+    yield len(questions) - len(missing)
+    for start in range(0, len(missing), batch_size):
+        batch = missing[start : start + batch_size]
+        weights = [question.weights for question in batch if question.weights is not None]
+        answers = answerer.answer([question.texts for question in batch], weights or None)
+        rows = [
+            _row(question, answer, variant, questions.style, lemmatizer)
+            for question, of_question in zip(batch, answers, strict=True)
+            for answer, variant in zip(of_question, _variants(question, is_by_wording), strict=True)
+        ]
+        # A kill may have cut a question off between two of its wordings.
+        new = [row for row in rows if (row["uuid"], row.get("variant")) not in results.done]
+        results.add(add_lemmas(new, lemmatizer))
+        flat = [answer for of_question in answers for answer in of_question]
+        measured["questions"] += len(batch)
+        measured["prompt_tokens"] += sum(answer.num_prompt_tokens for answer in flat)
+        measured["new_tokens"] += sum(answer.num_new_tokens for answer in flat)
+        measured["seconds"] += sum(answer.seconds for answer in flat)
+        results.run_config["measured"] = {**measured, "device": str(answerer.model.device)}
+        yield len(questions) - len(missing) + start + len(batch)
+
+
+def _variants(question: Question, is_by_wording: bool) -> Sequence[int | None]:
+    return question.variants if is_by_wording else [None]
+
+
+def _row(
+    question: Question, answer: "Answer", variant: int | None, style: "PromptStyle", lemmatizer: "Lemmatizer"
+) -> dict[str, Any]:
+    from flextok.fusion.matching import confidence
+
+    prediction = style.prediction(answer.text)
+    row: dict[str, Any] = {**vars(question.item), "prediction": prediction, "generation": answer.text}
+    if variant is not None:
+        place = question.variants.index(variant)
+        row |= {"variant": variant, "paraphrase": question.item.paraphrases[place]}
+        row["prompt"] = question.texts.full()[place]
+    if answer.samples:
+        greedy, *samples = lemmatizer([prediction, *map(style.prediction, answer.samples)])
+        row["confidence"] = confidence(greedy, samples)
+    return row
