@@ -20,12 +20,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    from flextok.cli.fusion_questions import read_questions
+    from flextok.cli.fusion_questions import read_questions, read_weights
     from flextok.cli.fusion_run import answer_with_progress, result_path
     from flextok.cli.fusion_scores import summary_line
     from flextok.cli.fusion_settings import read_settings
 
     settings = read_settings(args.overrides)
-    answers = answer_with_progress(settings, read_questions(settings))
+    questions = read_questions(settings)
+    answers = answer_with_progress(settings, questions, read_weights(settings, questions))
     print(f"{result_path(settings)}: {summary_line(answers)}")
     return 0

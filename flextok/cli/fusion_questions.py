@@ -21,7 +21,6 @@ class Question:
     texts: "PromptTexts"
     variants: list[int]
     """The number of each wording among all of the item."""
-    weights: list[float] | None
 
 
 @dataclass(frozen=True)
@@ -36,7 +35,7 @@ class Questions:
 
 
 def read_questions(settings: FusionSettings) -> Questions:
-    """Build the data source, choose wordings, word the prompts, read weights.
+    """Build the data source, choose wordings, word the prompts.
 
     Raises:
         ValueError: for what the data source, `select_wordings` or the file of weights refuses, and for positions that
@@ -56,16 +55,9 @@ def read_questions(settings: FusionSettings) -> Questions:
     examples = source.example_items()
     count = None if settings.indices is not None else settings.num_paraphrases
     chosen = select_wordings(items, num_paraphrases=count, indices=settings.indices)
-    rows = None if settings.weights in (None, "uniform") else _confidence_rows(str(settings.weights))
     questions = []
     for item in chosen:
         variants = settings.indices or [*range(len(item.paraphrases))]
-        weights = [1.0] * len(variants) if settings.weights == "uniform" else None
-        if rows is not None:
-            weights = [
-                _confidence(rows, str(settings.weights), item.uuid, *wording)
-                for wording in zip(variants, item.paraphrases, strict=True)
-            ]
         texts = source.prompts.texts(item.paraphrases, examples)
         if settings.tail:
             texts = replace(texts, tail=settings.tail)
@@ -74,8 +66,28 @@ def read_questions(settings: FusionSettings) -> Questions:
                 "fusion.positions='aligned' cannot be used with a prefix that all wordings share; valid: "
                 "fusion.shared_prefix=false, or fusion.positions=restart or running"
             )
-        questions.append(Question(item, texts, variants, weights))
+        questions.append(Question(item, texts, variants))
     return Questions(questions, source.prompts)
+
+
+def read_weights(settings: FusionSettings, questions: Questions) -> dict[str, list[float]] | None:
+    """What fusion.weights says, by uuid: a number for each wording.
+
+    ValueError for a file that does not have the confidence of each of these wordings.
+    """
+    if settings.weights is None:
+        return None
+    if settings.weights == "uniform":
+        return {question.item.uuid: [1.0] * len(question.variants) for question in questions.questions}
+    path = settings.weights
+    rows = _confidence_rows(path)
+    return {
+        question.item.uuid: [
+            _confidence(rows, path, question.item.uuid, *wording)
+            for wording in zip(question.variants, question.item.paraphrases, strict=True)
+        ]
+        for question in questions.questions
+    }
 
 
 def _confidence_rows(path: str) -> dict[tuple[str, int | None], Mapping[str, Any]]:

@@ -1,6 +1,6 @@
 """Answering questions as settings of paraphrase fusion say, into a file."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,6 +14,9 @@ if TYPE_CHECKING:
     from flextok.fusion.methods import Answer
     from flextok.fusion.prompts import PromptStyle
     from flextok.fusion.result_file import ResultFile
+
+Weights = Mapping[str, Sequence[float]]
+"""By uuid of a question: how much each of its wordings counts."""
 
 
 def load_answerer(settings: FusionSettings) -> "Answerer":
@@ -44,13 +47,29 @@ def result_path(settings: FusionSettings) -> Path:
     return Path(settings.out).expanduser() / f"{name}.{settings.format}"
 
 
-def run_config_of(settings: FusionSettings, lemmatizer: "Lemmatizer") -> dict[str, Any]:
-    """What the file of answers says about how they are made."""
-    return settings.recorded() | {"lemmatizer": lemmatizer.name}
+def finished_answers(settings: FusionSettings) -> "AnswerFile | None":
+    """The answers of an earlier run, or None if there are none or they are to be replaced.
+
+    ValueError if the file that is there was made with other settings.
+    """
+    from flextok.cli.fusion_scores import read_answer_file
+
+    path = result_path(settings)
+    if settings.overwrite or not path.exists():
+        return None
+    file = read_answer_file(path, name=path.stem)
+    for name, value in settings.recorded().items():
+        # Lemmas may be others by now: a command of its own changes them.
+        if name != "lemmatizer" and file.run_config.get(name) != value:
+            raise ValueError(
+                f"{path} was made with {name}={file.run_config.get(name)!r}, this run has {value!r}; valid: another "
+                "fusion.out, or fusion.overwrite=true"
+            )
+    return file
 
 
 def answer_with_progress(
-    settings: FusionSettings, questions: Questions, answerer: "Answerer | None" = None
+    settings: FusionSettings, questions: Questions, weights: Weights | None, answerer: "Answerer | None" = None
 ) -> "AnswerFile":
     """Answer all questions, or those that an interrupted run left, with a bar on the terminal.
 
@@ -68,12 +87,12 @@ def answer_with_progress(
     from flextok.fusion.result_file import ResultFile
 
     lemmatizer = make_lemmatizer(settings.lemmatizer)
-    run_config = run_config_of(settings, lemmatizer)
+    run_config = settings.recorded() | {"lemmatizer": lemmatizer.name}
     path = result_path(settings)
     right, counted = {"exact": 0, "contains": 0}, 0
     with ResultFile(path, run_config, overwrite=settings.overwrite, resume=settings.resume) as results:
         answerer = answerer or load_answerer(settings)
-        steps = answer_all(answerer, questions, results, lemmatizer, batch_size=settings.batch_size)
+        steps = answer_all(answerer, questions, weights, results, lemmatizer, batch_size=settings.batch_size)
         with tqdm(total=len(questions), initial=next(steps), desc=settings.method, unit="question") as bar:
             for done in steps:
                 new, counted = results.rows[counted:], len(results.rows)
@@ -85,7 +104,13 @@ def answer_with_progress(
 
 
 def answer_all(
-    answerer: "Answerer", questions: Questions, results: "ResultFile", lemmatizer: "Lemmatizer", *, batch_size: int
+    answerer: "Answerer",
+    questions: Questions,
+    weights: Weights | None,
+    results: "ResultFile",
+    lemmatizer: "Lemmatizer",
+    *,
+    batch_size: int,
 ) -> Iterator[int]:
     """Answer what is not in `results` yet, batch by batch; yields how many questions are done, those before included.
 
@@ -103,8 +128,8 @@ def answer_all(
     yield len(questions) - len(missing)
     for start in range(0, len(missing), batch_size):
         batch = missing[start : start + batch_size]
-        weights = [question.weights for question in batch if question.weights is not None]
-        answers = answerer.answer([question.texts for question in batch], weights or None)
+        of_batch = None if weights is None else [weights[question.item.uuid] for question in batch]
+        answers = answerer.answer([question.texts for question in batch], of_batch)
         rows = [
             _row(question, answer, variant, questions.style, lemmatizer)
             for question, of_question in zip(batch, answers, strict=True)

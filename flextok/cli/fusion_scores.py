@@ -68,9 +68,9 @@ def answer_file(name: str, rows: Rows, run_config: Mapping[str, Any] | None) -> 
     return AnswerFile(name, by_uuid, config)
 
 
-def read_answer_file(path: Path) -> AnswerFile:
-    """One file of answers by its name without the suffix; errors as of `read_results`."""
-    return answer_file(path.stem, read_results(path), read_run_config(path))
+def read_answer_file(path: Path, *, name: str) -> AnswerFile:
+    """One file of answers; errors as of `read_results`."""
+    return answer_file(name, read_results(path), read_run_config(path))
 
 
 def accuracies(files: Sequence[AnswerFile], uuids: Sequence[str]) -> list[dict[str, Interval]]:

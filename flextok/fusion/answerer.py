@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Callable, Sequence
+from copy import copy
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, TypeVar, cast
 
@@ -27,6 +28,12 @@ class Answerer:
     def __init__(self, model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase", options: MethodOptions) -> None:
         self.model, self.tokenizer, self.options = model, tokenizer, options
         self._stop_ids = stop_token_ids(model, tokenizer)
+
+    def using(self, options: MethodOptions) -> "Answerer":
+        """The same model with other options."""
+        other = copy(self)
+        other.options = options
+        return other
 
     def answer(
         self, questions: Sequence[PromptTexts], weights: Sequence[Sequence[float]] | None = None
@@ -77,6 +84,12 @@ class Answerer:
             tail=tail,
             positions=options.positions,
         )
+
+    def generated(
+        self, prompts: Sequence[PackedPrompt], weights: Sequence[Sequence[float]] | None = None
+    ) -> list[list[int]]:
+        """The new tokens after prompts of `packed`, the one that ends the answer included."""
+        return self._generate_fused(prompts, self.options.strategy, weights).token_lists()
 
     def _prompts(self, question: PromptTexts) -> list[PackedPrompt]:
         """The prompt of each wording by itself."""
