@@ -104,6 +104,8 @@ def _accuracies(axes: "Axes", rows: Sequence[Mapping[str, Any]]) -> None:
         places = [place + 0.24 * (number - 0.5) for place in range(len(rows))]
         style = {"fmt": "o", "markersize": 5, "capsize": 2, "color": COLOURS[number], "label": mode}
         axes.errorbar(means, places, xerr=[below, above], **style)
+    left, right = axes.get_xlim()
+    axes.set_xlim(max(left, -0.03), min(right, 1.03))
     axes.set_xlabel("accuracy, with 95 % interval")
     axes.legend(frameon=False, fontsize=8)
     _name_rows(axes, rows)
