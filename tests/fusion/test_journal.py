@@ -1,6 +1,7 @@
 """Lines that survive a kill."""
 
 import json
+import os
 
 import pytest
 
@@ -68,3 +69,19 @@ def test_one_process_at_a_time(tmp_path):
         Journal(tmp_path / "x.jsonl")
     journal.close()
     assert records_in(tmp_path / "x.jsonl") == []
+
+
+def test_what_could_not_be_written_is_not_there_twice(tmp_path, monkeypatch):
+    journal = Journal(tmp_path / "x.jsonl")
+    journal.add(RECORDS[:1])
+    with monkeypatch.context() as patch:
+
+        def full(file):
+            raise OSError("no space left")
+
+        patch.setattr(os, "fsync", full)
+        with pytest.raises(OSError, match="no space left"):
+            journal.add(RECORDS[1:3])
+    journal.add(RECORDS[1:])
+    journal.close()
+    assert records_in(tmp_path / "x.jsonl") == RECORDS
