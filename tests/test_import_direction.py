@@ -17,7 +17,7 @@ MODEL = {"model", "utils", *ATTENTION}
 LIBRARY = {"flextok_wrapper", "vae_wrapper", "flow_matching", "regularizers", *MODEL}
 ALLOWED = {
     "attention": set(),
-    "fusion": ATTENTION,
+    "fusion": {"embedded", "hub_tables", "seeding", "utils", *ATTENTION},
     "model": MODEL,
     "image_codec": MODEL,
     "vae_wrapper": {"image_codec", *MODEL},
@@ -50,6 +50,7 @@ AT_MODULE_LEVEL = {
     "pyarrow": set(),
     "shtab": set(),
     "gradio": {"demo"},
+    "spacy": set(),
 }
 # These parts may not import the library at all.
 NEVER = {"attention": {"diffusers", "lightning", "PIL"}, "fusion": {"diffusers", "lightning"}}
