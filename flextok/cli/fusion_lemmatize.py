@@ -11,7 +11,7 @@ needs pip install 'flextok[lemmas]' and python -m spacy download en_core_web_lg.
 import argparse
 from pathlib import Path
 
-LEMMATIZERS = ("simple", "spacy")
+from flextok.fusion.lemmas import LEMMATIZERS
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

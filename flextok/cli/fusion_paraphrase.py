@@ -19,6 +19,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--model", required=True, help="a causal language model: folder, name on the hub or embedded:NAME"
     )
     parser.add_argument("--rounds", type=int, default=5, help="new wordings per question, at most 5 (default: 5)")
+    parser.add_argument("--examples", type=int, default=4, help="shown in each prompt, at most 4 (default: 4)")
     parser.add_argument("--temperature", type=float, default=1.5, help="of the sampling (default: 1.5)")
     parser.add_argument("--top-p", type=float, default=0.9, help="of the sampling (default: 0.9)")
     parser.add_argument("--max-new-tokens", type=int, default=30, help="length of a wording (default: 30)")
@@ -52,6 +53,7 @@ def run(args: argparse.Namespace) -> int:
         model,
         tokenizer,
         num_rounds=args.rounds,
+        num_examples=args.examples,
         temperature=args.temperature,
         top_p=args.top_p,
         max_new_tokens=args.max_new_tokens,

@@ -66,21 +66,16 @@ def read_items(path: str | Path) -> list[Item]:
     return items
 
 
-def select_wordings(
-    items: Sequence[Item], *, num_paraphrases: int | None = None, indices: Sequence[int] | None = None
-) -> list[Item]:
-    """The items with some of their wordings: the first `num_paraphrases`, or those at `indices`, in this order.
+def select_wordings(items: Sequence[Item], *, num_paraphrases: int, indices: Sequence[int] | None = None) -> list[Item]:
+    """The items with some of their wordings: those at `indices`, in this order; or without these, the first ones.
 
     An item with fewer than `num_paraphrases` keeps all it has; one warning says how many there are.
 
     Raises:
-        ValueError: Not exactly one of the two is given, or it selects nothing, or an index is out of range.
+        ValueError: No wording is selected, or an index is out of range.
     """
-    if (num_paraphrases is None) == (indices is None):
-        raise ValueError(f"num_paraphrases={num_paraphrases} and indices={indices}: give exactly one of them")
     if indices is not None:
         return [_at(item, indices) for item in items]
-    assert num_paraphrases is not None
     if num_paraphrases < 1:
         raise ValueError(f"num_paraphrases={num_paraphrases}: it must be at least 1")
     short = [item for item in items if len(item.paraphrases) < num_paraphrases]

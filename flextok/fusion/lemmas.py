@@ -35,7 +35,7 @@ class SpacyLemmatizer:
 
     Raises:
         ImportError: spaCy is not installed.
-        ValueError: The pipeline is not installed.
+        ValueError: The pipeline is not installed, or has no lemmatiser.
     """
 
     def __init__(self, pipeline: str = "en_core_web_lg") -> None:
@@ -52,6 +52,8 @@ class SpacyLemmatizer:
             raise ValueError(
                 f"the spaCy pipeline {pipeline!r} is not installed: python -m spacy download {pipeline}"
             ) from error
+        if "lemmatizer" not in self.nlp.pipe_names:  # All its lemmas would be empty, and all answers equal.
+            raise ValueError(f"the spaCy pipeline {pipeline!r} has no lemmatizer, only {self.nlp.pipe_names}")
         self.name = f"spacy/{pipeline}"
 
     def __call__(self, texts: Sequence[str]) -> list[list[str]]:

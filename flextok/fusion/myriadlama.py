@@ -127,6 +127,9 @@ class MyriadLamaItems:
         if self.split not in tables:
             raise ValueError(f"fusion.data.split={self.split!r} is not in {self.path}; valid: {', '.join(tables)}")
         check_columns(tables[self.split], self.columns, self.path)
+        manual = self.columns["manual_column"]
+        if getattr(tables[self.split].features[manual], "dtype", None) != "bool":
+            raise ValueError(f"fusion.data.manual_column={manual!r} of {self.path} holds no truth values")
         return tables[self.split].select_columns(list(self.columns.values()))
 
     @cached_property

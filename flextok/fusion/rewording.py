@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 NUM_ROUNDS = len(EXAMPLE_SETS)
+MAX_EXAMPLES = min(map(len, EXAMPLE_SETS))
 
 
 class Rewriter:
@@ -25,13 +26,14 @@ class Rewriter:
         model: A causal language model of transformers, on the device it is to run on.
         tokenizer: Its tokenizer.
         num_rounds: New wordings per item, at most `NUM_ROUNDS`.
+        num_examples: Examples in each prompt, at most `MAX_EXAMPLES`.
         temperature: Of the sampling.
         top_p: The most likely tokens that together have this probability are sampled from.
         max_new_tokens: Length of a wording; what comes after the first line is dropped.
         seed: Of the sampling.
 
     Raises:
-        ValueError: A number is out of range.
+        ValueError: A number is out of range; when called, a prompt and its new tokens are more than the model reads.
     """
 
     def __init__(
@@ -40,6 +42,7 @@ class Rewriter:
         tokenizer: "PreTrainedTokenizerBase",
         *,
         num_rounds: int = NUM_ROUNDS,
+        num_examples: int = MAX_EXAMPLES,
         temperature: float = 1.5,
         top_p: float = 0.9,
         max_new_tokens: int = 30,
@@ -47,6 +50,8 @@ class Rewriter:
     ) -> None:
         if not 1 <= num_rounds <= NUM_ROUNDS:
             raise ValueError(f"num_rounds={num_rounds}; valid: 1 to {NUM_ROUNDS}")
+        if not 0 <= num_examples <= MAX_EXAMPLES:
+            raise ValueError(f"num_examples={num_examples}; valid: 0 to {MAX_EXAMPLES}")
         if temperature <= 0:
             raise ValueError(f"temperature={temperature}; it must be above 0")
         if not 0 < top_p <= 1:
@@ -57,6 +62,7 @@ class Rewriter:
         self.tokenizer = tokenizer
         self.settings: dict[str, Any] = {
             "num_rounds": num_rounds,
+            "num_examples": num_examples,
             "temperature": temperature,
             "top_p": top_p,
             "max_new_tokens": max_new_tokens,
@@ -65,14 +71,24 @@ class Rewriter:
 
     def __call__(self, item: Item) -> Item:
         """The item with its first wording and the new ones; a round that gives an empty line gives none."""
-        prompts = [rewording_prompt(item.paraphrases[0], number) for number in range(self.settings["num_rounds"])]
-        new = [first_line(text) for text in self._generate(prompts, mixed_seed(self.settings["seed"], item.uuid))]
+        prompts = [
+            rewording_prompt(item.paraphrases[0], number, num_examples=self.settings["num_examples"])
+            for number in range(self.settings["num_rounds"])
+        ]
+        ids = [self.tokenizer(prompt)["input_ids"] for prompt in prompts]
+        needed = max(map(len, ids)) + self.settings["max_new_tokens"]
+        context = getattr(self.model.config, "max_position_embeddings", None)
+        if context is not None and needed > context:
+            raise ValueError(
+                f"item {item.uuid!r}: prompt and new tokens are {needed}, and the model reads {context}; show it fewer "
+                "examples, or ask for fewer new tokens"
+            )
+        new = [first_line(text) for text in self._generate(ids, mixed_seed(self.settings["seed"], item.uuid))]
         return Item(item.uuid, item.answers, [item.paraphrases[0], *(text for text in new if text)])
 
-    def _generate(self, prompts: Sequence[str], seed: int) -> list[str]:
+    def _generate(self, ids: Sequence[list[int]], seed: int) -> list[str]:
         import torch
 
-        ids = [self.tokenizer(prompt)["input_ids"] for prompt in prompts]
         length = max(map(len, ids))
         # Which id fills up does not matter: nobody attends to it.
         rows = torch.tensor([[0] * (length - len(row)) + row for row in ids], device=self.model.device)
@@ -94,9 +110,9 @@ class Rewriter:
         return self.tokenizer.batch_decode(out[:, length:], skip_special_tokens=True)
 
 
-def rewording_prompt(question: str, number: int) -> str:
+def rewording_prompt(question: str, number: int, *, num_examples: int = MAX_EXAMPLES) -> str:
     """The prompt of one round: an instruction, its examples, the question."""
-    shown = [f"Question: {before}\nRephrased: {after}" for before, after in EXAMPLE_SETS[number]]
+    shown = [f"Question: {before}\nRephrased: {after}" for before, after in EXAMPLE_SETS[number][:num_examples]]
     return "\n\n".join([INSTRUCTION, *shown, f"Question: {question}\nRephrased:"])
 
 

@@ -44,11 +44,21 @@ def test_spacy_lemmas_are_in_lower_case_without_punctuation(monkeypatch):
     def token(text):
         return SimpleNamespace(lemma_=text, is_punct=text == ".", is_space=text == " ")
 
-    pipeline = SimpleNamespace(pipe=lambda texts: [[token(word) for word in ("The", "city", " ", ".")] for _ in texts])
+    pipeline = SimpleNamespace(
+        pipe=lambda texts: [[token(word) for word in ("The", "city", " ", ".")] for _ in texts],
+        pipe_names=["lemmatizer"],
+    )
     monkeypatch.setitem(sys.modules, "spacy", SimpleNamespace(load=lambda name: pipeline))
     lemmatizer = make_lemmatizer("spacy")
     assert lemmatizer(["The cities ."]) == [["the", "city"]]
     assert lemmatizer.name == "spacy/en_core_web_lg"
+
+
+def test_a_pipeline_without_lemmas_is_refused(monkeypatch):
+    spacy = SimpleNamespace(load=lambda name: SimpleNamespace(pipe_names=["ner"]))
+    monkeypatch.setitem(sys.modules, "spacy", spacy)
+    with pytest.raises(ValueError, match="has no lemmatizer, only"):
+        make_lemmatizer("spacy")
 
 
 def test_an_unknown_lemmatizer_is_an_error():

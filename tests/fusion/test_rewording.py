@@ -36,7 +36,7 @@ class Generates:
     """A model that answers each prompt with the next of some texts, and keeps what it was asked."""
 
     def __init__(self, tokenizer, *texts):
-        self.tokenizer, self.texts, self.device = tokenizer, texts, "cpu"
+        self.tokenizer, self.texts, self.device, self.config = tokenizer, texts, "cpu", SimpleNamespace()
 
     def generate(self, ids, **options):
         self.ids, self.options = ids, options
@@ -72,6 +72,18 @@ def test_sampling_is_as_asked_for_and_prompts_end_together(language_model):
     assert not mask.all()
 
 
+def test_a_prompt_beyond_what_the_model_reads_is_an_error(language_model):
+    model = Generates(language_model[1], *["x"] * 5)
+    longest = max(len(language_model[1](rewording_prompt(ITEMS[0].paraphrases[0], n))["input_ids"]) for n in range(5))
+    model.config.max_position_embeddings = longest + 30
+    Rewriter(model, language_model[1])(ITEMS[0])
+    model.config.max_position_embeddings -= 1
+    with pytest.raises(ValueError, match=f"item 'u0': prompt and new tokens are {longest + 30}, and the model reads"):
+        Rewriter(model, language_model[1])(ITEMS[0])
+    Rewriter(model, language_model[1], num_examples=3)(ITEMS[0])
+    assert all("night watch" not in language_model[1].decode(row) for row in model.ids[1:])
+
+
 def test_what_is_drawn_depends_on_seed_and_uuid_alone(language_model, rewriter):
     before = torch.random.get_rng_state()
     first = rewriter(ITEMS[0])
@@ -88,7 +100,9 @@ def test_the_file_is_one_of_items_and_a_second_call_does_nothing(tmp_path, rewri
     assert sum(reported) == 4
     assert read_items(file) == [rewriter(item) for item in ITEMS]
     made = json.loads(file.read_text().splitlines()[0])["rewording"]
-    assert made == {"model": "tiny", "num_rounds": 5, "temperature": 1.5, "top_p": 0.9, "max_new_tokens": 6, "seed": 0}
+    assert made == {"model": "tiny", "num_rounds": 5, "num_examples": 4} | {
+        **{"temperature": 1.5, "top_p": 0.9, "max_new_tokens": 6, "seed": 0}
+    }
     before = file.read_bytes()
     assert write_rewordings(file, ITEMS, rewriter, model_name="tiny") == 0
     assert file.read_bytes() == before
@@ -103,6 +117,14 @@ def test_a_cut_off_file_becomes_what_it_would_have_been(tmp_path, rewriter):
     assert file.read_bytes() == whole
 
 
+def test_the_questions_themselves_are_not_overwritten(tmp_path, rewriter):
+    file = tmp_path / "questions.jsonl"
+    file.write_text('{"uuid": "u0", "answers": ["a"], "paraphrases": ["q"]}')  # without an end of the line
+    with pytest.raises(ValueError, match="line 1: made with None"):
+        write_rewordings(file, read_items(file), rewriter, model_name="tiny")
+    assert len(read_items(file)) == 1
+
+
 def test_a_file_made_otherwise_is_refused(tmp_path, language_model, rewriter):
     file = tmp_path / "new.jsonl"
     write_rewordings(file, ITEMS[:1], rewriter, model_name="tiny")
@@ -114,7 +136,11 @@ def test_a_file_made_otherwise_is_refused(tmp_path, language_model, rewriter):
 
 
 @pytest.mark.parametrize(
-    "wrong", [{"num_rounds": 0}, {"num_rounds": 6}, {"temperature": 0.0}, {"top_p": 1.1}, {"max_new_tokens": 0}]
+    "wrong",
+    [
+        *({"num_rounds": 0}, {"num_rounds": 6}, {"num_examples": -1}, {"num_examples": 5}),
+        *({"temperature": 0.0}, {"top_p": 1.1}, {"max_new_tokens": 0}),
+    ],
 )
 def test_numbers_out_of_range(wrong):
     with pytest.raises(ValueError, match=next(iter(wrong))):
@@ -186,6 +212,7 @@ main(sys.argv[1:])
 """
 
 
+@pytest.mark.slow  # starts a process that imports transformers; the file that is cut off is its quick sibling
 def test_a_kill_costs_one_item(folder):
     command = [sys.executable, "-c", KILL, *arguments(folder)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}

@@ -265,6 +265,8 @@ def test_all_facts_can_be_asked(myriadlama):
         ({"data__num_test": None}, r"num_examples=5 could be drawn from; give fusion\.data\.num_test"),
         ({"data__split": "test"}, r"fusion\.data\.split='test' is not in .*; valid: train"),
         ({"data__subject_column": "sub"}, r"fusion\.data\.subject_column='sub' is not in .*; valid: one of uuid"),
+        ({"data__manual_column": "template"}, r"fusion\.data\.manual_column='template' of .* holds no truth values"),
+        ({"data__manual_column": "obj_aliases"}, "holds no truth values"),
         ({"sample__manual": 0, "sample__auto": 0}, "leave no wording"),
         ({"sample__total": 0}, "leave no wording"),
         ({"sample__auto": -1}, r"fusion\.sample\.auto=-1"),
