@@ -79,6 +79,11 @@ def _both_ways(part: Tensor, full: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
 
 
 def _ordered(blocks: Tensor) -> tuple[Tensor, Tensor]:
-    """Count `[batch, 1, blocks]` and ascending indices `[batch, 1, blocks, blocks]` of the partners of each block."""
-    indices = blocks.byte().argsort(dim=-1, descending=True, stable=True)
-    return blocks.sum(-1, dtype=torch.int32)[:, None], indices.to(torch.int32)[:, None]
+    """Count `[batch, 1, blocks]` and indices `[batch, 1, blocks, blocks]` of partners, ascending, 0 after the count."""
+    count, rows = blocks.sum(-1), blocks.flatten(0, 1)
+    row, partner = rows.nonzero(as_tuple=True)
+    first = count.flatten().cumsum(0) - count.flatten()
+    indices = rows.new_zeros(rows.shape, dtype=torch.int32)
+    # Sorting would do as well, ten times slower.
+    indices[row, torch.arange(len(row), device=row.device) - first[row]] = partner.to(torch.int32)
+    return count.to(torch.int32)[:, None], indices.view_as(blocks)[:, None]

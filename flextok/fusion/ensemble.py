@@ -102,6 +102,7 @@ class _EnsembleRows(Rows):
 
     def __init__(self, rows: FusedRows, method: EnsembleMethod, num_wordings: int, weights: Tensor | None) -> None:
         self._rows, self._method, self._num_wordings, self._weights = rows, method, num_wordings, weights
+        self._num_questions = 0
 
     def start(self) -> Tensor:
         return self._combined(self._rows.start())
