@@ -90,5 +90,14 @@ def _answered(all_settings: "Sequence[FusionSettings]") -> "list[AnswerFile]":
 def _read(paths: Sequence[Path]) -> "list[AnswerFile]":
     from flextok.cli.fusion_scores import read_answer_file
 
-    repeated = len({path.stem for path in paths}) < len(paths)
-    return [read_answer_file(path, name=str(path) if repeated else path.stem) for path in paths]
+    return [read_answer_file(path, name=name) for path, name in zip(paths, _names(paths), strict=True)]
+
+
+def _names(paths: Sequence[Path]) -> list[str]:
+    """As short as tells them apart."""
+    forms = [
+        [path.stem for path in paths],
+        [f"{path.parent.name}/{path.stem}" for path in paths],
+        [str(path) for path in paths],
+    ]
+    return next((names for names in forms if len({*names}) == len(names)), forms[0])

@@ -87,7 +87,7 @@ def write_comparison(comparison: Mapping[str, Any], path: Path) -> Path:
     _accuracies(accuracy, rows)
     _bars(tokens, rows, "prompt_tokens", "prompt tokens per question")
     _bars(seconds, rows, "seconds", "seconds per question")
-    _shares(shares, [row["name"] for row in rows], comparison["agreement"])
+    _shares(shares, [_label(row["name"]) for row in rows], comparison["agreement"])
     picture = path.with_suffix(".png")
     with atomic_path(picture) as temporary:
         figure.savefig(temporary, format="png", dpi=150)
@@ -121,7 +121,7 @@ def _bars(axes: "Axes", rows: Sequence[Mapping[str, Any]], cost: str, label: str
 
 
 def _name_rows(axes: "Axes", rows: Sequence[Mapping[str, Any]]) -> None:
-    axes.set_yticks(range(len(rows)), [row["name"] for row in rows], fontsize=8)
+    axes.set_yticks(range(len(rows)), [_label(row["name"]) for row in rows], fontsize=8)
     axes.set_ylim(len(rows) - 0.5, -0.5)
     axes.grid(visible=False, axis="y")
 
@@ -143,6 +143,10 @@ def _shares(axes: "Axes", names: Sequence[str], shares: Sequence[Sequence[float]
     axes.set_xticks(range(len(names)), names, rotation=30, ha="right", fontsize=8)
     axes.set_yticks(range(len(names)), names, fontsize=8)
     axes.set_title("same answer", fontsize=10)
+
+
+def _label(name: str, length: int = 28) -> str:
+    return name if len(name) <= length else f"…{name[1 - length :]}"
 
 
 def _or(value: float | None, otherwise: float) -> float:
