@@ -102,8 +102,9 @@ def _accuracies(axes: "Axes", rows: Sequence[Mapping[str, Any]]) -> None:
         above = [_or(value["high"], value["mean"]) - value["mean"] for value in values]
         # The two of a method lie a little apart.
         places = [place + 0.24 * (number - 0.5) for place in range(len(rows))]
-        style = {"fmt": "o", "markersize": 5, "capsize": 2, "color": COLOURS[number], "label": mode}
-        axes.errorbar(means, places, xerr=[below, above], **style)
+        axes.errorbar(
+            means, places, xerr=[below, above], fmt="o", markersize=5, capsize=2, color=COLOURS[number], label=mode
+        )
     left, right = axes.get_xlim()
     axes.set_xlim(max(left, -0.03), min(right, 1.03))
     axes.set_xlabel("accuracy, with 95 % interval")

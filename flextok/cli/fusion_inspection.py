@@ -56,11 +56,11 @@ def inspect(answerer: "Answerer", question: "PromptTexts", weights: Sequence[flo
     batch = left_padded([prompt], pad_token_id=0, device=prompt.input_ids.device)
     length = len(prompt) + len(tokens)
     return Inspection(
-        text=answerer.tokenizer.decode(prompt.input_ids),
+        text=str(answerer.tokenizer.decode(prompt.input_ids)),
         parts=_parts(prompt),
         wordings=question.wordings,
         fusion_start=prompt.fusion_start,
-        answer=answerer.tokenizer.decode(tokens, skip_special_tokens=True),
+        answer=str(answerer.tokenizer.decode(tokens, skip_special_tokens=True)),
         mask=FusionMask(batch, len(tokens), gap_keys=gap_keys).dense(length, length)[0, 0],
         mass=attention_mass(answerer.model, prompt, tokens, gap_keys=gap_keys, weights=weights).cpu(),
     )

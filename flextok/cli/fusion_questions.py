@@ -53,8 +53,7 @@ def read_questions(settings: FusionSettings) -> Questions:
         raise ValueError(describe_error(error)) from error
     items = source.test_items()[: settings.limit]
     examples = source.example_items()
-    count = None if settings.indices is not None else settings.num_paraphrases
-    chosen = select_wordings(items, num_paraphrases=count, indices=settings.indices)
+    chosen = select_wordings(items, num_paraphrases=settings.num_paraphrases, indices=settings.indices)
     questions = []
     for item in chosen:
         variants = settings.indices or [*range(len(item.paraphrases))]

@@ -32,10 +32,10 @@ def load_answerer(settings: FusionSettings) -> "Answerer":
     from flextok.fusion.language_model import load_language_model
 
     device = pick_device(settings.device, field="fusion.device")
-    model, tokenizer = load_language_model(settings.model, device="cpu")
-    if settings.dtype is not None:
-        model = model.to(getattr(torch, settings.dtype))
-    return Answerer(model.to(device), tokenizer, settings.method_options())
+    loaded: Any = load_language_model(settings.model, device="cpu")
+    model, tokenizer = loaded
+    model.to(device=device, dtype=None if settings.dtype is None else getattr(torch, settings.dtype))
+    return Answerer(model, tokenizer, settings.method_options())
 
 
 def result_path(settings: FusionSettings) -> Path:

@@ -87,7 +87,8 @@ class FusionSettings:
             "lemmatizer": LEMMATIZERS,
         }
         for name, valid in choices.items():
-            _require(self, name, lambda value, valid=valid: value in valid, ", ".join(valid))
+            if getattr(self, name) not in valid:
+                _refuse(name, getattr(self, name), ", ".join(valid))
         _require(self, "dtype", lambda value: value in (None, *DTYPES), f"null, {', '.join(DTYPES)}")
         for name in ("num_paraphrases", "batch_size", "beams", "max_new_tokens"):
             _require(self, name, lambda value: _is_count(value, 1), "a whole number of at least 1")
