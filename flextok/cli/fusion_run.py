@@ -129,7 +129,11 @@ def answer_all(
     for start in range(0, len(missing), batch_size):
         batch = missing[start : start + batch_size]
         of_batch = None if weights is None else [weights[question.item.uuid] for question in batch]
-        answers = answerer.answer([question.texts for question in batch], of_batch)
+        try:
+            answers = answerer.answer([question.texts for question in batch], of_batch)
+        except ValueError as error:
+            first, last = batch[0].item.uuid, batch[-1].item.uuid
+            raise ValueError(f"in the batch from question {first!r} to {last!r}: {error}") from error
         rows = [
             _row(question, answer, variant, questions.style, lemmatizer)
             for question, of_question in zip(batch, answers, strict=True)

@@ -136,6 +136,34 @@ def test_options_of_the_prompt_reach_it(fuse, tmp_path):
     assert counts["plain"] == counts["running"] == counts["aligned"] == counts["eager"] == counts["bfloat16"]
 
 
+def test_web_questions_and_facts_from_json_lines(fuse, tmp_path):
+    test = write_items(tmp_path / "test.jsonl", ITEMS[:2])
+    facts = [Item(f"fact{n}", ["a"], [f"{n} is [MASK].", f"of {n}: [MASK]"]) for n in range(7)]
+    examples = write_items(tmp_path / "examples.jsonl", facts)
+    files = [f"fusion.data.path={test}", f"fusion.data.examples_path={examples}", "fusion.data.num_examples=2"]
+    status, printed = fuse("fusion/data=webqa", "fusion.method=per_prompt", *files)
+    assert status == 0, printed.err
+    prompt = rows_of(tmp_path, "per_prompt-3.feather")[0]["prompt"]
+    pattern = r"Q: \d is \[MASK\]\.\nA: a\n\nQ: \d is \[MASK\]\.\nA: a\n\nQ: what is the capital of france\?\nA:"
+    assert re.fullmatch(pattern, prompt), prompt
+    files[0] = f"fusion.data.path={write_items(tmp_path / 'facts.jsonl', facts[:4])}"
+    status, printed = fuse("fusion/data=myriadlama", *files, "fusion.overwrite=true")
+    assert status == 0, printed.err
+    for row in rows_of(tmp_path, "fusion-3.feather"):
+        assert row["prediction"] == next(iter(row["generation"].split()), "")
+
+
+def test_a_prompt_that_is_too_long_is_named(fuse, tmp_path):
+    long = Item("endless", ["x"], ["what " * 600])
+    file = write_items(tmp_path / "long.jsonl", [*ITEMS[:3], long])
+    status, printed = fuse(f"fusion.data.path={file}")
+    assert status == 1
+    assert "in the batch from question 'spain' to 'endless': prompts[1] and max_new_tokens=6 reach" in printed.err
+    # What was answered before it is kept.
+    assert fuse(f"fusion.data.path={write_items(file, ITEMS[:3])}")[0] == 0
+    assert read_run_config(tmp_path / "out/fusion-3.feather")["measured"]["questions"] == 1
+
+
 def test_confidence_becomes_weights(fuse, tmp_path):
     status, printed = fuse("fusion.method=per_prompt", "fusion.confidence_samples=8")
     assert status == 0, printed.err

@@ -21,7 +21,15 @@ from flextok.training.language_settings import LanguageModelSettings
 from tests.support import REPOSITORY
 
 TINY = LanguageModelSettings(
-    layers=1, width=16, heads=2, kv_heads=1, vocab_size=280, context=64, steps=8, batch_size=4, wordings=3,
+    layers=1,
+    width=16,
+    heads=2,
+    kv_heads=1,
+    vocab_size=280,
+    context=64,
+    steps=8,
+    batch_size=4,
+    wordings=3,
     word_dropout=0.1,
 )
 CPU = torch.device("cpu")
@@ -165,7 +173,9 @@ def test_every_example_comes_once_in_an_epoch_and_steps_do_not_depend_on_each_ot
 
 def test_other_wordings_stand_beside_the_own_one_in_half_of_the_steps():
     examples = [Example([[n, k] for k in range(5)], [9]) for n in range(6)]
-    steps = [examples_of_step(examples, step, batch_size=3, wordings=4, word_dropout=0.0, seed=0) for step in range(200)]
+    steps = [
+        examples_of_step(examples, step, batch_size=3, wordings=4, word_dropout=0.0, seed=0) for step in range(200)
+    ]
     assert all(len({len(example.beginnings) for example in step}) == 1 for step in steps)
     counts = [len(step[0].beginnings) for step in steps]
     assert set(counts) == {1, 2, 3, 4}
