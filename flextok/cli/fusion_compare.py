@@ -58,6 +58,8 @@ def _settings_of(overrides: Sequence[str], methods: Sequence[str]) -> "list[Fusi
     from flextok.cli.fusion_settings import read_settings
     from flextok.fusion.methods import TAKES_WEIGHTS
 
+    if any(override.partition("=")[0] == "fusion.method" for override in overrides):
+        raise ValueError("fusion.method: this command runs several; valid: --methods NAME,NAME,...")
     if len(methods) < 2 or len({*methods}) < len(methods):
         raise ValueError(f"--methods {','.join(methods)}: valid are two or more, and each once")
     unused: dict[str, dict[str, Any]] = {
