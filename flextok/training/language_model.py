@@ -184,6 +184,7 @@ class _Run:
             self.step,
             batch_size=settings.batch_size,
             wordings=settings.wordings,
+            word_dropout=settings.word_dropout,
             seed=settings.seed,
         )
         batch = self._batch(examples)

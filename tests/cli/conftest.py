@@ -22,3 +22,19 @@ def run_folder(tmp_path):
     OmegaConf.save(OmegaConf.create({"model": model_config}), run / "config.yaml")
     torch.save({"state_dict": state, CHECKPOINT_KEY: {"weights": averaged}}, run / "checkpoints" / "last.ckpt")
     return run
+
+
+@pytest.fixture(scope="session")
+def toy_questions(tmp_path_factory):
+    """Overrides of the fuse config for a random model and five questions with one to three wordings."""
+    pytest.importorskip("transformers")
+    from tests.fusion.toy import ITEMS, save_toy, write_items
+
+    folder = tmp_path_factory.mktemp("toy")
+    items = write_items(folder / "items.jsonl", ITEMS)
+    model = save_toy(folder / "model")
+    return [
+        *("fusion/data=jsonl", f"fusion.data.path={items}", "fusion.data.prompts.instruction=''"),
+        *(f"fusion.model={model}", "fusion.device=cpu", "fusion.max_new_tokens=6", "fusion.num_paraphrases=3"),
+        "fusion.batch_size=2",
+    ]
