@@ -100,7 +100,7 @@ def save_mass_png(found: Inspection, path: Path) -> Path:
     axes.set_ylim(len(groups) - 0.5, -0.5)
     axes.grid(visible=False, axis="y")
     axes.set_xlim(left=0)
-    axes.set_xlabel("share of the attention that predicted the answer; bars: mean over layers")
+    axes.set_xlabel("share of attention; bars: mean over layers")
     axes.set_title(f"answer: {_shortened(found.answer)}", fontsize=10)
     axes.legend(frameon=False, fontsize=8)
     for text in (axes.title, *axes.get_yticklabels()):
@@ -108,7 +108,7 @@ def save_mass_png(found: Inspection, path: Path) -> Path:
     with atomic_path(path) as temporary, warnings.catch_warnings():
         # A letter that the font lacks is a box.
         warnings.filterwarnings("ignore", message="Glyph .* missing from font")
-        figure.savefig(temporary, format="png", dpi=150)
+        figure.savefig(temporary, format="png", dpi=150, bbox_inches="tight")
     return path
 
 
