@@ -89,6 +89,8 @@ def answer_with_progress(
     lemmatizer = make_lemmatizer(settings.lemmatizer)
     run_config = settings.recorded() | {"lemmatizer": lemmatizer.name}
     path = result_path(settings)
+    if path.exists() and not settings.overwrite:
+        raise FileExistsError(f"{path} exists already; fusion.overwrite=true writes it anew")
     right, counted = {"exact": 0, "contains": 0}, 0
     with ResultFile(path, run_config, overwrite=settings.overwrite, resume=settings.resume) as results:
         answerer = answerer or load_answerer(settings)

@@ -171,7 +171,10 @@ def read_settings(overrides: Sequence[str], **changes: Any) -> FusionSettings:
         raise ValueError("fusion.indices and fusion.num_paraphrases exclude each other; valid: one of them")
     try:
         config = compose(overrides, "fuse")
-        values = OmegaConf.to_container(config.fusion, resolve=True, throw_on_missing=True)
+        missing = sorted(OmegaConf.missing_keys(config))
+        if missing:
+            raise ValueError(f"{missing[0]} is missing; give {missing[0]}=...")
+        values = OmegaConf.to_container(config.fusion, resolve=True)
     except (HydraException, OmegaConfBaseException) as error:
         raise ValueError(describe_error(error)) from error
     assert isinstance(values, dict)

@@ -272,7 +272,7 @@ def test_a_finished_file_is_left_alone(fuse, tmp_path):
     assert fuse()[0] == 0
     before = (tmp_path / "out/fusion-3.feather").read_bytes()
     status, printed = fuse("fusion.seed=1")
-    assert (status, "exists already; overwrite=true" in printed.err) == (1, True)
+    assert (status, "exists already; fusion.overwrite=true" in printed.err) == (1, True)
     assert (tmp_path / "out/fusion-3.feather").read_bytes() == before
     assert fuse("fusion.seed=1", "fusion.overwrite=true")[0] == 0
     assert read_run_config(tmp_path / "out/fusion-3.feather")["seed"] == 1
@@ -312,6 +312,8 @@ BAD = {
     "fusion.positons=restart": "did you mean 'positions'?",
     "+fusion.colour=red": "fusion.colour is unknown; valid: method, model",
     "fusion/data=trivia": "trivia",
+    "fusion.data.path=???": "fusion.data.path is missing; give fusion.data.path=...",
+    "fusion.sample.manual=3": "fusion.sample.manual",
     "fusion.data.path=nowhere.jsonl": "nowhere.jsonl: there is no such file",
     "fusion.data.num_examples=2": "fusion.data.num_examples=2 needs fusion.data.examples_path",
     "fusion.positions=aligned fusion.data.prompts.instruction=Answer.": "fusion.positions='aligned' cannot be used",
