@@ -5,7 +5,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from flextok.fusion.decoding import Decoded, Rows, Stopping
+from flextok.fusion.decoding import Decoded, Task
 
 
 class _Text(NamedTuple):
@@ -13,11 +13,12 @@ class _Text(NamedTuple):
     tokens: list[int]
 
 
-def beam_search(rows: Rows, scores: Tensor, stopping: Stopping, *, beams: int, length_penalty: float) -> Decoded:
-    """The best text of each row; `scores` are those of its first token, `[rows, vocabulary]`.
+def beam_search(task: Task, *, beams: int, length_penalty: float) -> Decoded:
+    """The best text of each row.
 
     A row is done when its `beams` best finished texts are at least as good as its best unfinished one is by now.
     """
+    rows, scores, stopping = task.rows, task.scores, task.stopping
     num_texts, vocabulary = scores.shape
     device = scores.device
     rows.select(torch.arange(num_texts, device=device).repeat_interleave(beams))

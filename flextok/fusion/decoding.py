@@ -4,7 +4,7 @@ How tokens are chosen is in `flextok.fusion.strategies`.
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -58,6 +58,21 @@ class Stopping:
 
 
 @dataclass(frozen=True)
+class Task:
+    """Rows to continue, and how far."""
+
+    rows: Rows
+    scores: Tensor
+    """Of the first new tokens, `[rows, vocabulary]`."""
+    prompts: Sequence[Sequence[int]]
+    """The tokens of each row."""
+    stopping: Stopping
+    keep_scores: bool = False
+    """Whether what tokens were chosen from is returned."""
+    streamer: Streamer | None = None
+
+
+@dataclass(frozen=True)
 class Decoded:
     """New tokens of each row."""
 
@@ -69,28 +84,21 @@ class Decoded:
     """`[rows, steps, vocabulary]`; what each token was chosen from."""
 
 
-def decode(
-    rows: Rows,
-    scores: Tensor,
-    choose: Callable[[Tensor], Tensor],
-    stopping: Stopping,
-    *,
-    keep_scores: bool = False,
-    streamer: Streamer | None = None,
-) -> Decoded:
+def decode(task: Task, scores: Tensor, choose: Callable[[Tensor], Tensor]) -> Decoded:
     """Choose tokens until every row has ended. Rows end one by one: none ends another.
 
     Args:
-        scores: of the first new tokens, `[rows, vocabulary]`.
+        scores: of the first new tokens, `[rows, vocabulary]`; other rows than those of the task, if these were selected.
         choose: the next tokens, int64 `[rows]`, from scores.
     """
+    stopping, streamer = task.stopping, task.streamer
     ended = torch.zeros(len(scores), dtype=torch.bool, device=scores.device)
     lengths = torch.zeros(len(scores), dtype=torch.long, device=scores.device)
     tokens_of_steps, scores_of_steps = [], []
     for step in range(stopping.max_new_tokens):
         tokens = choose(scores).masked_fill(ended, stopping.pad_token_id)
         tokens_of_steps.append(tokens)
-        if keep_scores:
+        if task.keep_scores:
             scores_of_steps.append(scores)
         if streamer is not None:
             streamer.put(tokens.cpu())
@@ -98,8 +106,8 @@ def decode(
         ended |= stopping.stops(tokens)
         if step + 1 == stopping.max_new_tokens or bool(ended.all()):
             break
-        scores = rows.step(tokens)
+        scores = task.rows.step(tokens)
     if streamer is not None:
         streamer.end()
-    step_scores = torch.stack(scores_of_steps, dim=1) if keep_scores else None
+    step_scores = torch.stack(scores_of_steps, dim=1) if task.keep_scores else None
     return Decoded(torch.stack(tokens_of_steps, dim=1), lengths, step_scores)

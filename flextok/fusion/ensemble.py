@@ -8,7 +8,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from flextok.fusion.attention import FusionBackend, fusion_attention
-from flextok.fusion.decoding import Rows, Stopping, Streamer
+from flextok.fusion.decoding import Rows, Stopping, Streamer, Task
 from flextok.fusion.generate import FusedRows, FusionOutput
 from flextok.fusion.packing import pack_segments
 from flextok.fusion.strategies import Greedy, Strategy
@@ -91,9 +91,7 @@ def generate_ensemble(
     ids = [[token for prompts in prompt_sets for token in prompts[b]] for b in range(len(prompt_sets[0]))]
     rows = _EnsembleRows(FusedRows(model, packed, stopping, backend=backend), method, len(prompt_sets), table)
     with fusion_attention(model):
-        decoded = (strategy or Greedy()).run(
-            rows, rows.start(), ids, stopping, keep_scores=return_logits, streamer=streamer
-        )
+        decoded = (strategy or Greedy()).run(Task(rows, rows.start(), ids, stopping, return_logits, streamer))
     return FusionOutput(decoded.sequences, decoded.lengths, step_logits=decoded.step_scores)
 
 

@@ -15,7 +15,7 @@ from transformers import DynamicCache, PreTrainedModel
 from flextok.attention.masks.segments import GapKeys
 from flextok.fusion.attention import FusionBackend, FusionMask, fusion_attention
 from flextok.fusion.batch import left_padded
-from flextok.fusion.decoding import Rows, Stopping, Streamer
+from flextok.fusion.decoding import Rows, Stopping, Streamer, Task
 from flextok.fusion.packing import PackedPrompt
 from flextok.fusion.strategies import Greedy, Strategy
 
@@ -85,9 +85,7 @@ def generate_fused(
     )
     ids = [prompt.input_ids.tolist() for prompt in prompts]
     with fusion_attention(model):
-        decoded = (strategy or Greedy()).run(
-            rows, rows.start(), ids, stopping, keep_scores=return_logits, streamer=streamer
-        )
+        decoded = (strategy or Greedy()).run(Task(rows, rows.start(), ids, stopping, return_logits, streamer))
     return FusionOutput(decoded.sequences, decoded.lengths, rows.prefill_logits, decoded.step_scores)
 
 

@@ -1,14 +1,13 @@
 """How the next token is chosen: the most probable one, at random, or by searching with several rows at a time."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from flextok.fusion.beams import beam_search
-from flextok.fusion.decoding import Decoded, Rows, Stopping, Streamer, decode
+from flextok.fusion.decoding import Decoded, Task, decode
 from flextok.seeding import mixed_seed
 
 
@@ -16,37 +15,16 @@ class Strategy(ABC):
     """A way to continue rows of text."""
 
     @abstractmethod
-    def run(
-        self,
-        rows: Rows,
-        scores: Tensor,
-        prompts: Sequence[Sequence[int]],
-        stopping: Stopping,
-        *,
-        keep_scores: bool = False,
-        streamer: Streamer | None = None,
-    ) -> Decoded:
-        """Continue `rows`, whose first scores are `scores` `[rows, vocabulary]`; `prompts` are their tokens.
-
-        ValueError for what the strategy cannot do.
-        """
+    def run(self, task: Task) -> Decoded:
+        """The new tokens of the rows of `task`; ValueError for what the strategy cannot do."""
 
 
 @dataclass(frozen=True)
 class Greedy(Strategy):
     """The token of the highest score, of equals the first."""
 
-    def run(
-        self,
-        rows: Rows,
-        scores: Tensor,
-        prompts: Sequence[Sequence[int]],
-        stopping: Stopping,
-        *,
-        keep_scores: bool = False,
-        streamer: Streamer | None = None,
-    ) -> Decoded:
-        return decode(rows, scores, _first_of_the_best, stopping, keep_scores=keep_scores, streamer=streamer)
+    def run(self, task: Task) -> Decoded:
+        return decode(task, task.scores, _first_of_the_best)
 
 
 @dataclass(frozen=True)
@@ -75,31 +53,23 @@ class Sampling(Strategy):
         if self.samples < 1:
             raise ValueError(f"samples={self.samples}; valid: 1 text or more")
 
-    def run(
-        self,
-        rows: Rows,
-        scores: Tensor,
-        prompts: Sequence[Sequence[int]],
-        stopping: Stopping,
-        *,
-        keep_scores: bool = False,
-        streamer: Streamer | None = None,
-    ) -> Decoded:
+    def run(self, task: Task) -> Decoded:
+        scores = task.scores
         if self.samples > 1:
             index = torch.arange(len(scores), device=scores.device).repeat_interleave(self.samples)
-            rows.select(index)
+            task.rows.select(index)
             scores = scores[index]
         generators = [
             torch.Generator().manual_seed(mixed_seed(self.seed, "sample", number, *prompt))
-            for prompt in prompts
+            for prompt in task.prompts
             for number in range(self.samples)
         ]
 
         def choose(scores: Tensor) -> Tensor:
             draws = torch.cat([torch.rand(1, generator=generator, dtype=torch.float64) for generator in generators])
-            return self._token_at(rows.log_probs(scores), draws.to(scores.device))
+            return self._token_at(task.rows.log_probs(scores), draws.to(scores.device))
 
-        return decode(rows, scores, choose, stopping, keep_scores=keep_scores, streamer=streamer)
+        return decode(task, scores, choose)
 
     def _token_at(self, log_probs: Tensor, draws: Tensor) -> Tensor:
         """int64 `[rows]`: where `draws`, in [0, 1), fall among the tokens in the order of their probabilities."""
@@ -128,19 +98,10 @@ class Beams(Strategy):
         if self.beams < 1:
             raise ValueError(f"beams={self.beams}; valid: 1 or more")
 
-    def run(
-        self,
-        rows: Rows,
-        scores: Tensor,
-        prompts: Sequence[Sequence[int]],
-        stopping: Stopping,
-        *,
-        keep_scores: bool = False,
-        streamer: Streamer | None = None,
-    ) -> Decoded:
-        if keep_scores or streamer is not None:
+    def run(self, task: Task) -> Decoded:
+        if task.keep_scores or task.streamer is not None:
             raise ValueError("a beam search decides at its end: it has no scores of single steps and nothing to stream")
-        return beam_search(rows, scores, stopping, beams=self.beams, length_penalty=self.length_penalty)
+        return beam_search(task, beams=self.beams, length_penalty=self.length_penalty)
 
 
 def _first_of_the_best(scores: Tensor) -> Tensor:

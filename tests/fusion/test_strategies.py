@@ -7,7 +7,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from flextok.fusion.decoding import Rows, Stopping
+from flextok.fusion.decoding import Rows, Stopping, Task
 from flextok.fusion.strategies import Beams, Greedy, Sampling
 
 
@@ -38,7 +38,8 @@ class Table(Rows):
 
 
 def run(strategy, rows, stopping, prompts=None):
-    return strategy.run(rows, rows.start(), prompts or [[row] for row in range(len(rows.texts))], stopping)
+    prompts = prompts or [[row] for row in range(len(rows.texts))]
+    return strategy.run(Task(rows, rows.start(), prompts, stopping))
 
 
 def test_of_equal_scores_the_first_is_chosen():
