@@ -88,7 +88,7 @@ def decode(task: Task, scores: Tensor, choose: Callable[[Tensor], Tensor]) -> De
     """Choose tokens until every row has ended. Rows end one by one: none ends another.
 
     Args:
-        scores: of the first new tokens, `[rows, vocabulary]`; other rows than those of the task, if these were selected.
+        scores: of the first new tokens, `[rows, vocabulary]`; not those of the task if rows were selected meanwhile.
         choose: the next tokens, int64 `[rows]`, from scores.
     """
     stopping, streamer = task.stopping, task.streamer
