@@ -41,7 +41,9 @@ def accuracy(loaded, items, method):
     right = 0
     for start in range(0, len(items), 64):
         batch = items[start : start + 64]
-        wordings = [[f"Q: {wording}" for wording in item.paraphrases[: 1 if method == "origin" else 5]] for item in batch]
+        wordings = [
+            [f"Q: {wording}" for wording in item.paraphrases[: 1 if method == "origin" else 5]] for item in batch
+        ]
         if method in ("origin", "fusion"):
             prompts = [pack_prompts(texts, tokenizer, tail=TAIL) for texts in wordings]
             output = generate_fused(model, prompts, **options)

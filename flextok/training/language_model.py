@@ -201,7 +201,12 @@ class _Run:
 
     def _batch(self, examples: Sequence[Example]) -> LanguageBatch:
         assert isinstance(self.tokenizer.pad_token_id, int)
-        return make_batch(examples, pad_token_id=self.tokenizer.pad_token_id, device=self.device)
+        return make_batch(
+            examples,
+            answers_only=self.settings.loss == "answers",
+            pad_token_id=self.tokenizer.pad_token_id,
+            device=self.device,
+        )
 
     def _token_losses(self, batch: LanguageBatch) -> Tensor:
         """Of the tokens that are predicted, one after another."""
