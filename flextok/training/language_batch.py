@@ -63,15 +63,9 @@ def _thinned(ids: list[int], share: float, rng: torch.Generator) -> list[int]:
     return [token for token, one in zip(ids, stays.tolist(), strict=True) if one]
 
 
-def make_batch(
-    examples: Sequence[Example], *, answers_only: bool, pad_token_id: int, device: torch.device
-) -> LanguageBatch:
-    """Wordings of an example see themselves alone, and start at position 0; its ending sees all of them.
-
-    Where there are several, the ending alone is predicted: it would be a small part of so many tokens, and what a
-    wording is like is learned in the steps where it is alone; or nowhere, with `answers_only`.
-    """
-    prompts, labels = zip(*(_packed(example, answers_only) for example in examples), strict=True)
+def make_batch(examples: Sequence[Example], *, pad_token_id: int, device: torch.device) -> LanguageBatch:
+    """Wordings of an example see themselves alone, and start at position 0; its ending sees all of them."""
+    prompts, labels = zip(*map(_packed, examples), strict=True)
     batch = left_padded(prompts, pad_token_id=pad_token_id, device=device)
     padded = torch.full_like(batch.input_ids, IGNORED, device="cpu")
     for row, values in zip(padded, labels, strict=True):
@@ -81,14 +75,15 @@ def make_batch(
     return LanguageBatch(batch.input_ids, batch.position_ids, padded.to(device), mask)
 
 
-def _packed(example: Example, answers_only: bool) -> tuple[PackedPrompt, Tensor]:
+def _packed(example: Example) -> tuple[PackedPrompt, Tensor]:
     """What is read, without the last token, and the labels `[length]`."""
     wordings, ending = example
     ids = [token for part in (*wordings, ending) for token in part]
     labels = torch.tensor(ids[1:])
-    if ending and (answers_only or len(wordings) > 1):
-        # The first token of the ending is the same for all questions, and of several wordings none is before it.
-        labels[: -(len(ending) - 1)] = IGNORED
     if len(wordings) == 1:
         return pack_segments([ids[:-1]]), labels
-    return pack_segments(wordings, tail=ending[:-1]), labels
+    prompt = pack_segments(wordings, tail=ending[:-1])
+    # The last token of a wording has no next one: the ending follows all of them.
+    for _, end in prompt.spans:
+        labels[end - 1] = IGNORED
+    return prompt, labels

@@ -5,7 +5,6 @@ from typing import Any
 
 FAMILIES = ("llama", "qwen2", "mistral")
 PRECISIONS = ("fp32", "bf16")
-LOSSES = ("all", "answers")
 WEIGHTS = ("fp32", "fp16", "bf16")
 
 
@@ -35,7 +34,6 @@ class LanguageModelSettings:
     seed: int = _option(0, "of the weights and of the order of the examples")
     precision: str = _option("fp32", "bf16 trains with autocast; slower on most CPUs", PRECISIONS)
     weights: str = _option("fp32", "number format in the file; the model is loaded as fp32 anyway", WEIGHTS)
-    loss: str = _option("all", "JSON lines: of all tokens, or of the answers alone", LOSSES)
     wordings: int = _option(1, "JSON lines: half of the steps show 2 to so many wordings of a question side by side")
     word_dropout: float = _option(0.0, "JSON lines: share of the tokens left out of wordings that stand side by side")
 
@@ -55,6 +53,6 @@ class LanguageModelSettings:
             raise ValueError(f"weight_decay={self.weight_decay}: it must be at least 0")
         if not 0 <= self.word_dropout < 1:
             raise ValueError(f"word_dropout={self.word_dropout}: it must be at least 0 and below 1")
-        for name, valid in (("family", FAMILIES), ("precision", PRECISIONS), ("weights", WEIGHTS), ("loss", LOSSES)):
+        for name, valid in (("family", FAMILIES), ("precision", PRECISIONS), ("weights", WEIGHTS)):
             if getattr(self, name) not in valid:
                 raise ValueError(f"{name}={getattr(self, name)!r}: valid are {', '.join(valid)}")
