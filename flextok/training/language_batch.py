@@ -77,12 +77,13 @@ def make_batch(examples: Sequence[Example], *, pad_token_id: int, device: torch.
 
 def _packed(example: Example) -> tuple[PackedPrompt, Tensor]:
     """What is read, without the last token, and the labels `[length]`."""
-    if len(example.beginnings) == 1:
-        ids = [*example.beginnings[0], *example.ending]
-        return pack_segments([ids[:-1]]), torch.tensor(ids[1:])
-    prompt = pack_segments(example.beginnings, tail=example.ending[:-1])
-    following = torch.tensor([*prompt.input_ids[1:].tolist(), example.ending[-1]])
+    wordings, ending = example
+    ids = [token for part in (*wordings, ending) for token in part]
+    labels = torch.tensor(ids[1:])
+    if len(wordings) == 1:
+        return pack_segments([ids[:-1]]), labels
+    prompt = pack_segments(wordings, tail=ending[:-1])
     # The last token of a wording has no next one: the ending follows all of them.
     for _, end in prompt.spans:
-        following[end - 1] = IGNORED
-    return prompt, following
+        labels[end - 1] = IGNORED
+    return prompt, labels

@@ -224,9 +224,10 @@ def test_a_row_of_several_wordings_is_what_fusion_reads(questions):
 
 
 def test_full_causal_rows_need_no_mask():
+    options = {"pad_token_id": 0, "device": CPU}
     full = [Example([[1, 2, 3]], []), Example([[4, 5, 6]], [])]
-    assert make_batch(full, pad_token_id=0, device=CPU).mask is None
-    assert make_batch([*full, Example([[1, 2]], [])], pad_token_id=0, device=CPU).mask is not None
+    assert make_batch(full, **options).mask is None
+    assert make_batch([*full, Example([[1, 2]], [])], **options).mask is not None
 
 
 # --- training ---------------------------------------------------------------------------------------------------------
@@ -244,7 +245,7 @@ def test_the_folder_is_one_for_transformers(family, weights, questions, tmp_path
     assert model.num_parameters() == record["parameters"]
     assert model.get_input_embeddings().weight is model.get_output_embeddings().weight
     bytes_per_weight = (tmp_path / "out" / "model.safetensors").stat().st_size / record["parameters"]
-    assert (3.9 < bytes_per_weight) == (weights == "fp32")
+    assert bytes_per_weight < (2.6 if weights == "fp16" else 4.6)  # Tied weights are there once.
     assert tokenizer("Q: 1?")["input_ids"][0] == tokenizer.bos_token_id == model.config.bos_token_id
     assert (tokenizer.eos_token, tokenizer.pad_token) == ("</s>", "<pad>")
     assert json.loads((tmp_path / "out" / "training.json").read_text()) == json.loads(json.dumps(record))
