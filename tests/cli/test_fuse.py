@@ -68,6 +68,14 @@ def test_every_method_answers_every_question(method, fuse, tmp_path):
     assert config["measured"]["prompt_tokens"] > 0
 
 
+def test_alone_it_answers_the_questions_of_the_package(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert main(["fuse", "fusion.limit=48"]) == 0
+    shown = re.search(r"^results/fusion-5\.feather: 48 questions, exact (0\.\d+)", capsys.readouterr().out)
+    # There are hundreds of answers to guess among.
+    assert float(shown[1]) > 0.4
+
+
 def test_answers_do_not_depend_on_the_batch_size(fuse, tmp_path):
     fuse("fusion.format=parquet")
     fuse("fusion.batch_size=1")
