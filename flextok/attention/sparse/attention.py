@@ -1,4 +1,4 @@
-"""`masked_attention`: attention under a mask of inclusion probabilities, from all logits. What every fast path equals."""
+"""`masked_attention`: attention under a mask of inclusion probabilities, from all logits. Fast paths equal it."""
 
 import torch
 from jaxtyping import Float

@@ -6,7 +6,7 @@ from torch import Tensor
 from flextok.attention.sparse.attention import masked_attention
 from flextok.attention.sparse.mask import Mask
 from flextok.attention.sparse.scores import additive_bias, allowed_pairs, check_shapes, work_dtype
-from flextok.attention.sparse.selection import Selection
+from flextok.attention.sparse.selection import Selection, rows_at
 
 
 def gathered_attention(
@@ -47,27 +47,14 @@ def gathered_attention(
     dtype = work_dtype(queries.dtype)
     by_head = columns.reshape(shape[0], keys.shape[1], -1, columns.shape[-1])
     queries_by_head = queries.reshape(*by_head.shape[:3], -1).to(dtype)
-    scores = (_rows_at(keys, by_head).to(dtype) @ queries_by_head[..., None]).reshape(columns.shape) * scaling
+    scores = (rows_at(keys, by_head).to(dtype) @ queries_by_head[..., None]).reshape(columns.shape) * scaling
     if bias is not None:
         scores = scores + bias.expand(shape).gather(-1, columns).to(dtype)
     scores = (scores - probabilities.to(dtype).log()).masked_fill(~chosen, float("-inf"))
     # A row without keys has only -inf and its softmax is NaN; a list of width 0 has a sum over nothing, which is 0.
     weights = scores.softmax(-1).masked_fill(~chosen, 0).reshape(by_head.shape)
-    output = weights[..., None, :] @ _rows_at(values, by_head).to(dtype)
+    output = weights[..., None, :] @ rows_at(values, by_head).to(dtype)
     return output.reshape(*shape[:3], -1).transpose(1, 2).to(queries.dtype)
-
-
-def _rows_at(x: Tensor, columns: Tensor) -> Tensor:
-    """Rows `(B, Hkv, R, k, W)` of x `(B, Hkv, Sk, W)` at columns `(B, Hkv, R, k)`."""
-    batch, heads, num_keys, width = x.shape
-    if x.is_contiguous():
-        start = torch.arange(batch * heads, device=x.device).reshape(batch, heads, 1, 1) * num_keys
-        rows = x.view(-1, width).index_select(0, (columns + start).reshape(-1))
-        return rows.reshape(*columns.shape, width)
-    # A slice of a larger cache: reading through its strides is slower, but copying all of it would be slower still.
-    b = torch.arange(batch, device=x.device).reshape(-1, 1, 1, 1)
-    h = torch.arange(heads, device=x.device).reshape(1, -1, 1, 1)
-    return x[b, h, columns]
 
 
 def _from_mask(mask: Mask) -> Selection:

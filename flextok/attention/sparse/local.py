@@ -20,7 +20,7 @@ class LocalMaskerConfig(FixedMaskerConfig):
 
     window_size: Size
     mode: str = "trailing"
-    """trailing: the query and the `window_size - 1` keys before it; centered: it and `window_size` keys on each side."""
+    """trailing: the query and `window_size - 1` keys before it; centered: it and `window_size` keys on each side."""
     dense_when_short: bool = True
     """Trailing only: every key when there are no more than the window and the queries together. That makes all
     self-attention dense: a decoder that wants a window sets it to False."""

@@ -1,4 +1,4 @@
-"""The keys with the largest logits: what any approximate top-k is compared with. It needs all logits, so saves nothing."""
+"""The keys with the largest logits: what any approximate top-k is compared with. It needs all of them."""
 
 from dataclasses import dataclass
 from typing import Any

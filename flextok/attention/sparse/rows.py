@@ -26,9 +26,7 @@ def rows_of(shape: Sequence[int], rows: Rows) -> Rows:
     if indices.ndim != 1 or data.shape != indices.shape:
         raise ValueError(f"data has shape {list(data.shape)}, indices {list(indices.shape)}; valid: both [entries]")
     if ptr.shape != (num_rows + 1,) or int(ptr[0]) != 0 or int(ptr[-1]) != len(indices) or (ptr.diff() < 0).any():
-        raise ValueError(
-            f"ptr={ptr.tolist()[:8]}...; valid: {num_rows + 1} numbers from 0 to {len(indices)}, none below the one before"
-        )
+        raise ValueError(f"ptr={ptr.tolist()[:8]}...; valid: {num_rows + 1} rising numbers from 0 to {len(indices)}")
     row = torch.arange(num_rows, device=indices.device).repeat_interleave(ptr.diff())
     outside = (indices < row * num_columns) | (indices >= (row + 1) * num_columns)
     if outside.any():

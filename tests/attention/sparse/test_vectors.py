@@ -47,3 +47,56 @@ def test_attention_under_fractional_masks(name):
     )
     assert_close(output, tensors["out"], rtol=0, atol=2e-5)
     assert_close(weights, tensors["weights"], rtol=0, atol=2e-5)
+
+
+def with_weights(tensors, specs):
+    """`specs` with the recorded weights of HashAttention."""
+    weights = {}
+    for name, tensor in tensors.items():
+        if name.startswith("hat."):
+            _, layer, part, _ = name.split(".")
+            weights.setdefault(int(layer), {}).setdefault(part, []).append(tensor)
+    return [spec | ({"hat_weights": weights} if spec["type"].startswith("Hash") else {}) for spec in specs]
+
+
+@pytest.mark.parametrize("name", recorded("hash"))
+def test_hash_attention(name):
+    case, tensors = recorded("hash")[name]
+    specs = with_weights(tensors, case["specs"])
+    mask, output, _ = call(tensors, case, attention_of(specs))
+    new = dense(mask) - tensors["prev"]
+    if case["kind"] == "hash_ties":
+        rows = [x.flatten(0, -2) for x in (tensors["scores"], new, tensors["mask"] - tensors["prev"])]
+        for scores, chosen, expected in zip(*rows, strict=True):
+            assert torch.equal(scores[chosen > 0].sort().values, scores[expected > 0].sort().values)
+            lowest = scores[chosen > 0].min()
+            assert not (chosen[scores == lowest].diff() > 0).any(), "of equal scores the first keys are taken"
+        return
+    assert torch.equal(dense(mask), tensors["mask"])
+    assert_close(output, tensors["out"], rtol=0, atol=2e-5)
+
+
+@pytest.mark.parametrize("name", recorded("hash"))
+def test_hash_attention_of_keys_that_grow(name):
+    case, tensors = recorded("hash")[name]
+    specs = with_weights(tensors, case["specs"])
+    growing = [spec | ({"cache_keys": True} if "hat_weights" in spec else {}) for spec in specs]
+    attention, state = attention_of(growing), {}
+    num_first = case["grow"] or 7
+    first = tensors | {name: tensors[name][:, :, :num_first] for name in "kv"}
+    call(first, case, attention, sparse_meta_data=state)
+    mask, _, _ = call(tensors, case, attention, sparse_meta_data=state)
+    expected, _, _ = call(tensors, case, attention_of(specs))
+    assert torch.equal(dense(mask), dense(expected))
+
+
+@pytest.mark.parametrize("packing", ["int64", "float32"])
+@pytest.mark.parametrize("name", recorded("magicpig"))
+def test_magic_pig(name, packing):
+    case, tensors = recorded("magicpig")[name]
+    specs = [spec | ({"packing": packing} if spec["type"] == "MagicPig" else {}) for spec in case["specs"]]
+    for chosen, expected in ((specs[-1:], "this"), (specs, "mask")):
+        state = {"projections": {case["layer_idx"]: tensors["projections"]}}
+        mask, output, _ = call(tensors, case, attention_of(chosen), sparse_meta_data=state)
+        assert_close(dense(mask), tensors[expected], rtol=0, atol=5e-6)
+    assert_close(output, tensors["out"], rtol=0, atol=1e-4)

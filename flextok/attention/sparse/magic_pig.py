@@ -1,0 +1,168 @@
+"""MagicPig (arXiv 2410.16179): keys whose random hash codes agree with the query's, with the probability of that."""
+
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from flextok.attention.sparse.config import SamplingMaskerConfig, checked_bool, checked_choice, checked_int
+from flextok.attention.sparse.lsh import Frame, Tables, collision_probability, frame_of, lift_keys, lift_queries
+from flextok.attention.sparse.mask import Mask
+from flextok.attention.sparse.masker import SamplingMasker, layer_of, state_of
+from flextok.attention.sparse.registry import MaskerRegistry
+from flextok.attention.sparse.scores import check_shapes, grouped
+from flextok.attention.sparse.selection import Selection, columns_of, merge_selections, rows_at
+
+
+@dataclass
+class MagicPigConfig(SamplingMaskerConfig):
+    """`lsh_l` tables of `lsh_k` bits."""
+
+    lsh_l: int
+    lsh_k: int
+    center: bool = True
+    """Subtract the mean of the keys, of each batch entry and key head, from keys and queries."""
+    packing: str = "int64"
+    """How codes are stored: int64 (up to 64 bits) or float32. The result is the same."""
+    seed: int = 42
+    """Of the hyperplanes: they are all the randomness there is, so errors with one seed are correlated."""
+    min_tables: int = 1
+    """In how many tables a key has to be found: 1, or 2 as in the original authors' code."""
+    cache_keys: bool = False
+    """Hash only keys that are new since the last call with the same `sparse_meta_data`. For keys that only grow; mean
+    and largest norm stay those of the first call."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.lsh_l, self.lsh_k = checked_int("lsh_l", self.lsh_l, 1), checked_int("lsh_k", self.lsh_k, 1)
+        self.center = checked_bool("center", self.center)
+        self.packing = checked_choice("packing", self.packing, ("int64", "float32"))
+        if self.packing == "int64" and self.lsh_k > 64:
+            raise ValueError(f"lsh_k={self.lsh_k}; valid: up to 64 bits with packing=int64")
+        self.seed = checked_int("seed", self.seed, 0)
+        self.min_tables = checked_int("min_tables", self.min_tables, 1)
+        if self.min_tables > 2:
+            raise ValueError(f"min_tables={self.min_tables}; valid: 1 or 2")
+        self.cache_keys = checked_bool("cache_keys", self.cache_keys)
+
+
+class _Hashed(NamedTuple):
+    frame: Frame
+    codes: Tensor
+    """Of keys; the last dimension goes over them."""
+
+
+@MaskerRegistry.register(MagicPigConfig)
+class MagicPig(SamplingMasker):
+    """Adds the keys found in enough tables, each with the probability of being found."""
+
+    config: MagicPigConfig
+
+    def __init__(self, config: MagicPigConfig) -> None:
+        super().__init__(config)
+        self.tables = Tables(config.lsh_l, config.lsh_k, config.packing)
+
+    @torch.no_grad()
+    def add_mask(
+        self,
+        keys: Tensor,
+        queries: Tensor,
+        values: Tensor,
+        attention_mask: Tensor | None,
+        scaling: float,
+        dropout: float,
+        sparse_meta_data: dict[Any, Any] | None,
+        previous_mask: Mask,
+        **kwargs: Any,
+    ) -> Mask:
+        if previous_mask.is_full_mask():
+            return previous_mask
+        frame, lifted, found = self._find(queries, keys, sparse_meta_data, layer_of(self, kwargs))
+        lifted_keys = _normalised(lift_keys(keys, frame))
+        cosine = (grouped(lifted, keys.shape[1]) @ lifted_keys.transpose(-1, -2)).reshape(found.shape)
+        value = torch.zeros(found.shape, device=keys.device)
+        value[found] = collision_probability(cosine[found], self.tables, self.config.min_tables).float()
+        return previous_mask.merge_mask(
+            Mask.create_mask_from_dense_mask(previous_mask.shape, value, torch.float32, validate=False)
+        )
+
+    @torch.no_grad()
+    def select(
+        self,
+        keys: Tensor,
+        queries: Tensor,
+        attention_mask: Tensor | None,
+        scaling: float,
+        sparse_meta_data: dict[Any, Any] | None,
+        previous: Selection,
+        **kwargs: Any,
+    ) -> Selection:
+        if previous.is_everything(keys.shape[2]):
+            return previous
+        frame, lifted, found = self._find(queries, keys, sparse_meta_data, layer_of(self, kwargs))
+        columns, is_entry = columns_of(found)
+        by_head = columns.reshape(columns.shape[0], keys.shape[1], -1, columns.shape[-1])
+        # Only the keys that were found are read.
+        chosen = rows_at(keys, by_head).flatten(2, 3)
+        lifted_keys = _normalised(lift_keys(chosen, frame)).reshape(*by_head.shape, -1)
+        cosine = (lifted_keys @ grouped(lifted, keys.shape[1])[..., None]).reshape(columns.shape)
+        probability = collision_probability(cosine, self.tables, self.config.min_tables).float()
+        return merge_selections(previous, Selection(columns, probability * is_entry))
+
+    def _find(
+        self, queries: Tensor, keys: Tensor, sparse_meta_data: dict[Any, Any] | None, layer: int
+    ) -> tuple[Frame, Tensor, Tensor]:
+        """The frame, lifted queries `(B, H, Sq, D + 1)`, and pairs that were found, bool `(B, H, Sq, Sk)`."""
+        check_shapes(queries, keys)
+        projections = self._projections(keys, state_of(self, sparse_meta_data, "projections"), layer)
+        if self.config.cache_keys:
+            hashed = self._grow(keys, projections, state_of(self, sparse_meta_data, "magic_pig"), layer)
+        else:
+            frame = frame_of(keys, center=self.config.center)
+            hashed = _Hashed(frame, self.tables.hash(lift_keys(keys, frame), projections))
+        lifted = lift_queries(queries, hashed.frame)
+        found = self.tables.found(self.tables.hash(lifted, projections), hashed.codes, self.config.min_tables)
+        return hashed.frame, lifted, found
+
+    def _projections(self, keys: Tensor, known: dict[int, Tensor], layer: int) -> Tensor:
+        """Hyperplanes `(D + 1, L * K)`; those that are already there are used as they are."""
+        shape = keys.shape[3] + 1, self.tables.number * self.tables.bits
+        if layer not in known:
+            generator = torch.Generator().manual_seed(self.config.seed + layer)
+            known[layer] = torch.randn(shape, generator=generator).to(keys.device)
+        if known[layer].shape != shape:
+            raise ValueError(
+                f"sparse_meta_data['projections'][{layer}] has shape {list(known[layer].shape)}; valid: {list(shape)}"
+            )
+        return known[layer]
+
+    def _grow(self, keys: Tensor, projections: Tensor, known: dict[int, _Hashed], layer: int) -> _Hashed:
+        """What is known of the keys, after hashing those that were not there at the last call."""
+        hashed = known.get(layer)
+        if hashed is None:
+            frame = frame_of(keys, center=self.config.center)
+            hashed = _Hashed(frame, self.tables.hash(lift_keys(keys, frame), projections))
+        else:
+            num_known = hashed.codes.shape[-1]
+            check_grown(keys, hashed.codes.shape[1:3], num_known)
+            if keys.shape[2] > num_known:
+                new = self.tables.hash(lift_keys(keys[:, :, num_known:], hashed.frame), projections)
+                hashed = _Hashed(hashed.frame, torch.cat([hashed.codes, new], -1))
+        known[layer] = hashed
+        return hashed
+
+
+def check_grown(keys: Tensor, batch_and_heads: torch.Size, num_known: int) -> None:
+    """ValueError unless `keys` can be those of the last call and more."""
+    if keys.shape[:2] != batch_and_heads or keys.shape[2] < num_known:
+        raise ValueError(
+            f"cache_keys: {list(keys.shape[:3])} keys after {[*batch_and_heads, num_known]}; valid: the same batch and "
+            "heads, and keys that only grow. Give each sequence its own sparse_meta_data"
+        )
+
+
+def _normalised(lifted: Tensor) -> Tensor:
+    """Unit vectors: keys that came later may be longer than the radius was."""
+    norm = lifted.norm(dim=-1, keepdim=True)
+    return lifted / norm.masked_fill(norm == 0, 1)
