@@ -7,6 +7,7 @@ output, weights = attention.custom_attention(None, q, k, v, None, scaling, 0.0, 
 
 from flextok.attention.sparse.adaptive_sampling import AdaptiveSamplingMasker, AdaptiveSamplingMaskerConfig
 from flextok.attention.sparse.attention import masked_attention
+from flextok.attention.sparse.block_mask import geometric_block_mask, to_block_mask, to_mask_mod
 from flextok.attention.sparse.build import build_config
 from flextok.attention.sparse.causal import CausalMasker, CausalMaskerConfig
 from flextok.attention.sparse.config import (
@@ -16,6 +17,7 @@ from flextok.attention.sparse.config import (
     TopKMaskerConfig,
     TopPMaskerConfig,
 )
+from flextok.attention.sparse.flex import flex_masked_attention, to_score_mod
 from flextok.attention.sparse.gathered import gathered_attention
 from flextok.attention.sparse.geometric import GeometricMasker, KeyRange
 from flextok.attention.sparse.hash_attention import HashAttentionTopKMasker, HashAttentionTopKMaskerConfig
@@ -73,8 +75,13 @@ __all__ = [
     "TopPMaskerConfig",
     "build_config",
     "convert_hat_checkpoint",
+    "flex_masked_attention",
     "gathered_attention",
+    "geometric_block_mask",
     "load_hat_weights",
     "masked_attention",
     "save_hat_weights",
+    "to_block_mask",
+    "to_mask_mod",
+    "to_score_mod",
 ]

@@ -5,7 +5,7 @@ from torch import Tensor
 
 from flextok.attention.sparse.attention import masked_attention
 from flextok.attention.sparse.mask import Mask
-from flextok.attention.sparse.scores import additive_bias, allowed_pairs, check_shapes, work_dtype
+from flextok.attention.sparse.scores import additive_bias, allowed_pairs, check_shapes, grouped, work_dtype
 from flextok.attention.sparse.selection import Selection, rows_at
 
 
@@ -45,8 +45,8 @@ def gathered_attention(
     if allowed is not None:
         chosen = chosen & allowed.expand(shape).gather(-1, columns)
     dtype = work_dtype(queries.dtype)
-    by_head = columns.reshape(shape[0], keys.shape[1], -1, columns.shape[-1])
-    queries_by_head = queries.reshape(*by_head.shape[:3], -1).to(dtype)
+    by_head = columns.reshape(*grouped(queries, keys.shape[1]).shape[:3], columns.shape[-1])
+    queries_by_head = grouped(queries, keys.shape[1]).to(dtype)
     scores = (rows_at(keys, by_head).to(dtype) @ queries_by_head[..., None]).reshape(columns.shape) * scaling
     if bias is not None:
         scores = scores + bias.expand(shape).gather(-1, columns).to(dtype)
@@ -54,7 +54,7 @@ def gathered_attention(
     # A row without keys has only -inf and its softmax is NaN; a list of width 0 has a sum over nothing, which is 0.
     weights = scores.softmax(-1).masked_fill(~chosen, 0).reshape(by_head.shape)
     output = weights[..., None, :] @ rows_at(values, by_head).to(dtype)
-    return output.reshape(*shape[:3], -1).transpose(1, 2).to(queries.dtype)
+    return output.reshape(*shape[:3], values.shape[3]).transpose(1, 2).to(queries.dtype)
 
 
 def _from_mask(mask: Mask) -> Selection:

@@ -102,10 +102,10 @@ class MagicPig(SamplingMasker):
             return previous
         frame, lifted, found = self._find(queries, keys, sparse_meta_data, layer_of(self, kwargs))
         columns, is_entry = columns_of(found)
-        by_head = columns.reshape(columns.shape[0], keys.shape[1], -1, columns.shape[-1])
+        by_head = columns.reshape(*grouped(lifted, keys.shape[1]).shape[:3], columns.shape[-1])
         # Only the keys that were found are read.
         chosen = rows_at(keys, by_head).flatten(2, 3)
-        lifted_keys = _normalised(lift_keys(chosen, frame)).reshape(*by_head.shape, -1)
+        lifted_keys = _normalised(lift_keys(chosen, frame)).reshape(*by_head.shape, lifted.shape[-1])
         cosine = (lifted_keys @ grouped(lifted, keys.shape[1])[..., None]).reshape(columns.shape)
         probability = collision_probability(cosine, self.tables, self.config.min_tables).float()
         return merge_selections(previous, Selection(columns, probability * is_entry))

@@ -31,8 +31,8 @@ def work_dtype(dtype: torch.dtype) -> torch.dtype:
 
 def grouped(x: Tensor, num_kv_heads: int) -> Tensor:
     """`(B, H, Sq, W)` as `(B, Hkv, H / Hkv * Sq, W)`: the rows that read each key and value head."""
-    batch, _, _, width = x.shape
-    return x.reshape(batch, num_kv_heads, -1, width)
+    batch, num_heads, num_rows, width = x.shape
+    return x.reshape(batch, num_kv_heads, num_heads // num_kv_heads * num_rows, width)
 
 
 def repeat_heads(x: Tensor, num_heads: int) -> Tensor:
