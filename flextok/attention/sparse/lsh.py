@@ -31,15 +31,20 @@ def frame_of(keys: Float[Tensor, "B Hkv Sk D"], *, center: bool) -> Frame:
     return Frame(mean, (keys - mean).norm(dim=-1, keepdim=True).amax(2, keepdim=True))
 
 
-def lift_keys(keys: Tensor, frame: Frame) -> Tensor:
-    """`(B, Hkv, S, D)` to `(B, Hkv, S, D + 1)`: unit vectors, for keys no longer than the radius."""
+def lift_keys(keys: Tensor, frame: Frame) -> tuple[Tensor, Tensor]:
+    """`(B, Hkv, S, D)` to `(B, Hkv, S, D + 1)`, unit vectors for keys no longer than the radius; and to lengths.
+
+    A lifted key times its length `(B, Hkv, S)` is the centred key with one more coordinate: lengths are the radius, or
+    the norms of centred keys that came later and are longer, and never 0.
+    """
     centred = keys.to(frame.mean.dtype) - frame.mean
     norm = centred.norm(dim=-1, keepdim=True)
     scale = frame.radius.masked_fill(frame.radius == 0, 1)
     height = (frame.radius.square() - norm.square()).clamp_(min=0).sqrt() / scale
     # Without a radius (a single key, centred, is zero) the last coordinate alone makes it a unit vector.
     height = torch.where(frame.radius > 0, height, (norm == 0).to(height.dtype))
-    return torch.cat([centred / scale, height], -1)
+    lengths = torch.maximum(norm, frame.radius)
+    return torch.cat([centred / scale, height], -1), lengths.masked_fill(lengths == 0, 1)[..., 0]
 
 
 def lift_queries(queries: Tensor, frame: Frame) -> Tensor:

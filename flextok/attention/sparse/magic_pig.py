@@ -50,7 +50,9 @@ class MagicPigConfig(SamplingMaskerConfig):
 class _Hashed(NamedTuple):
     frame: Frame
     codes: Tensor
-    """Of keys; the last dimension goes over them."""
+    """The last dimension goes over keys."""
+    lengths: Tensor
+    """`(B, Hkv, Sk)`: what `lift_keys` says, by which a product with a centred key becomes a cosine."""
 
 
 @MaskerRegistry.register(MagicPigConfig)
@@ -78,9 +80,10 @@ class MagicPig(SamplingMasker):
     ) -> Mask:
         if previous_mask.is_full_mask():
             return previous_mask
-        frame, lifted, found = self._find(queries, keys, sparse_meta_data, layer_of(self, kwargs))
-        lifted_keys = _normalised(lift_keys(keys, frame))
-        cosine = (grouped(lifted, keys.shape[1]) @ lifted_keys.transpose(-1, -2)).reshape(found.shape)
+        hashed, directions, found = self._find(queries, keys, sparse_meta_data, layer_of(self, kwargs))
+        centred = keys.to(directions.dtype) - hashed.frame.mean
+        cosine = directions @ centred.transpose(-1, -2) / hashed.lengths[:, :, None]
+        cosine = cosine.reshape(found.shape)
         value = torch.zeros(found.shape, device=keys.device)
         value[found] = collision_probability(cosine[found], self.tables, self.config.min_tables).float()
         return previous_mask.merge_mask(
@@ -100,30 +103,28 @@ class MagicPig(SamplingMasker):
     ) -> Selection:
         if previous.is_everything(keys.shape[2]):
             return previous
-        frame, lifted, found = self._find(queries, keys, sparse_meta_data, layer_of(self, kwargs))
+        hashed, directions, found = self._find(queries, keys, sparse_meta_data, layer_of(self, kwargs))
         columns, is_entry = columns_of(found)
-        by_head = columns.reshape(*grouped(lifted, keys.shape[1]).shape[:3], columns.shape[-1])
+        by_head = columns.reshape(*directions.shape[:3], columns.shape[-1])
         # Only the keys that were found are read.
-        chosen = rows_at(keys, by_head).flatten(2, 3)
-        lifted_keys = _normalised(lift_keys(chosen, frame)).reshape(*by_head.shape, lifted.shape[-1])
-        cosine = (lifted_keys @ grouped(lifted, keys.shape[1])[..., None]).reshape(columns.shape)
+        centred = rows_at(keys, by_head).to(directions.dtype) - hashed.frame.mean[:, :, None]
+        lengths = hashed.lengths[:, :, None].expand(*by_head.shape[:3], -1).gather(-1, by_head)
+        cosine = ((centred @ directions[..., None])[..., 0] / lengths).reshape(columns.shape)
         probability = collision_probability(cosine, self.tables, self.config.min_tables).float()
         return merge_selections(previous, Selection(columns, probability * is_entry))
 
     def _find(
         self, queries: Tensor, keys: Tensor, sparse_meta_data: dict[Any, Any] | None, layer: int
-    ) -> tuple[Frame, Tensor, Tensor]:
-        """The frame, lifted queries `(B, H, Sq, D + 1)`, and pairs that were found, bool `(B, H, Sq, Sk)`."""
+    ) -> tuple[_Hashed, Tensor, Tensor]:
+        """The keys, unit queries `(B, Hkv, H / Hkv * Sq, D)`, and pairs that were found, bool `(B, H, Sq, Sk)`."""
         check_shapes(queries, keys)
         projections = self._projections(keys, state_of(self, sparse_meta_data, "projections"), layer)
-        if self.config.cache_keys:
-            hashed = self._grow(keys, projections, state_of(self, sparse_meta_data, "magic_pig"), layer)
-        else:
-            frame = frame_of(keys, center=self.config.center)
-            hashed = _Hashed(frame, self.tables.hash(lift_keys(keys, frame), projections))
+        known = state_of(self, sparse_meta_data, "magic_pig") if self.config.cache_keys else {}
+        hashed = known[layer] = self._hash(keys, projections, known.get(layer))
         lifted = lift_queries(queries, hashed.frame)
         found = self.tables.found(self.tables.hash(lifted, projections), hashed.codes, self.config.min_tables)
-        return hashed.frame, lifted, found
+        # The last coordinate of a lifted query is 0.
+        return hashed, grouped(lifted[..., :-1], keys.shape[1]), found
 
     def _projections(self, keys: Tensor, known: dict[int, Tensor], layer: int) -> Tensor:
         """Hyperplanes `(D + 1, L * K)`; those that are already there are used as they are."""
@@ -137,20 +138,20 @@ class MagicPig(SamplingMasker):
             )
         return known[layer]
 
-    def _grow(self, keys: Tensor, projections: Tensor, known: dict[int, _Hashed], layer: int) -> _Hashed:
-        """What is known of the keys, after hashing those that were not there at the last call."""
-        hashed = known.get(layer)
-        if hashed is None:
-            frame = frame_of(keys, center=self.config.center)
-            hashed = _Hashed(frame, self.tables.hash(lift_keys(keys, frame), projections))
-        else:
-            num_known = hashed.codes.shape[-1]
-            check_grown(keys, hashed.codes.shape[1:3], num_known)
-            if keys.shape[2] > num_known:
-                new = self.tables.hash(lift_keys(keys[:, :, num_known:], hashed.frame), projections)
-                hashed = _Hashed(hashed.frame, torch.cat([hashed.codes, new], -1))
-        known[layer] = hashed
-        return hashed
+    def _hash(self, keys: Tensor, projections: Tensor, known: _Hashed | None) -> _Hashed:
+        """The keys in codes; those that are known are not hashed again."""
+        num_known = 0
+        if known is not None:
+            num_known = known.codes.shape[-1]
+            check_grown(keys, known.lengths.shape[:2], num_known)
+            if keys.shape[2] == num_known:
+                return known
+        frame = frame_of(keys, center=self.config.center) if known is None else known.frame
+        lifted, lengths = lift_keys(keys[:, :, num_known:], frame)
+        codes = self.tables.hash(lifted, projections)
+        if known is not None:
+            codes, lengths = torch.cat([known.codes, codes], -1), torch.cat([known.lengths, lengths], -1)
+        return _Hashed(frame, codes, lengths)
 
 
 def check_grown(keys: Tensor, batch_and_heads: torch.Size, num_known: int) -> None:
@@ -160,9 +161,3 @@ def check_grown(keys: Tensor, batch_and_heads: torch.Size, num_known: int) -> No
             f"cache_keys: {list(keys.shape[:3])} keys after {[*batch_and_heads, num_known]}; valid: the same batch and "
             "heads, and keys that only grow. Give each sequence its own sparse_meta_data"
         )
-
-
-def _normalised(lifted: Tensor) -> Tensor:
-    """Unit vectors: keys that came later may be longer than the radius was."""
-    norm = lifted.norm(dim=-1, keepdim=True)
-    return lifted / norm.masked_fill(norm == 0, 1)
