@@ -15,7 +15,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from flextok.attention.sparse.config import SamplingMaskerConfig, Size, checked_number, num_keys_of
+from flextok.attention.sparse.config import (
+    Number,
+    SamplingMaskerConfig,
+    Size,
+    checked_number,
+    num_keys_of,
+)
 from flextok.attention.sparse.mask import Mask
 from flextok.attention.sparse.masker import SamplingMasker, candidates, full_like
 from flextok.attention.sparse.random_sampling import uniform_noise
@@ -67,8 +73,8 @@ class AdaptiveSamplingMasker(SamplingMasker):
         queries: Tensor,
         values: Tensor,
         attention_mask: Tensor | None,
-        scaling: float,
-        dropout: float,
+        scaling: Number,
+        dropout: Number,
         sparse_meta_data: dict[Any, Any] | None,
         previous_mask: Mask,
         **kwargs: Any,

@@ -11,7 +11,8 @@ from typing import Any
 
 import numpy as np
 
-Size = int | float
+Number = int | float
+Size = Number
 
 
 @dataclass

@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from flextok.attention.sparse.config import (
+    Number,
     TopKMaskerConfig,
     checked_bool,
     checked_choice,
@@ -102,7 +103,7 @@ class HashAttentionTopKMasker(TopKMasker):
         queries: Tensor,
         keys: Tensor,
         attention_mask: Tensor | None,
-        scaling: float,
+        scaling: Number,
         sparse_meta_data: dict[Any, Any] | None,
         **kwargs: Any,
     ) -> Tensor:
@@ -115,7 +116,7 @@ class HashAttentionTopKMasker(TopKMasker):
         keys: Tensor,
         queries: Tensor,
         attention_mask: Tensor | None,
-        scaling: float,
+        scaling: Number,
         sparse_meta_data: dict[Any, Any] | None,
         previous: Selection,
         **kwargs: Any,

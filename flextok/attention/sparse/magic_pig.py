@@ -6,7 +6,13 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from flextok.attention.sparse.config import SamplingMaskerConfig, checked_bool, checked_choice, checked_int
+from flextok.attention.sparse.config import (
+    Number,
+    SamplingMaskerConfig,
+    checked_bool,
+    checked_choice,
+    checked_int,
+)
 from flextok.attention.sparse.lsh import Frame, Tables, collision_probability, frame_of, lift_keys, lift_queries
 from flextok.attention.sparse.mask import Mask
 from flextok.attention.sparse.masker import SamplingMasker, layer_of, state_of
@@ -72,8 +78,8 @@ class MagicPig(SamplingMasker):
         queries: Tensor,
         values: Tensor,
         attention_mask: Tensor | None,
-        scaling: float,
-        dropout: float,
+        scaling: Number,
+        dropout: Number,
         sparse_meta_data: dict[Any, Any] | None,
         previous_mask: Mask,
         **kwargs: Any,
@@ -96,7 +102,7 @@ class MagicPig(SamplingMasker):
         keys: Tensor,
         queries: Tensor,
         attention_mask: Tensor | None,
-        scaling: float,
+        scaling: Number,
         sparse_meta_data: dict[Any, Any] | None,
         previous: Selection,
         **kwargs: Any,

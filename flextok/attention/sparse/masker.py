@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from flextok.attention.sparse.config import MaskerConfig
+from flextok.attention.sparse.config import MaskerConfig, Number
 from flextok.attention.sparse.mask import Mask
 from flextok.attention.sparse.registry import MaskerRegistry
 from flextok.attention.sparse.scores import allowed_pairs, check_shapes
@@ -50,8 +50,8 @@ class ResearchMasker(ABC):
         queries: Tensor,
         values: Tensor,
         attention_mask: Tensor | None,
-        scaling: float,
-        dropout: float,
+        scaling: Number,
+        dropout: Number,
         sparse_meta_data: dict[Any, Any] | None,
         previous_mask: Mask,
         **kwargs: Any,
@@ -74,7 +74,7 @@ class ResearchMasker(ABC):
         keys: Tensor,
         queries: Tensor,
         attention_mask: Tensor | None,
-        scaling: float,
+        scaling: Number,
         sparse_meta_data: dict[Any, Any] | None,
         previous: Selection,
         **kwargs: Any,

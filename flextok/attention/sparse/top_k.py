@@ -7,7 +7,7 @@ import torch
 from jaxtyping import Bool, Shaped
 from torch import Tensor
 
-from flextok.attention.sparse.config import TopKMaskerConfig, num_keys_of
+from flextok.attention.sparse.config import Number, TopKMaskerConfig, num_keys_of
 from flextok.attention.sparse.mask import Mask
 from flextok.attention.sparse.masker import FixedMasker, candidates, full_like, with_chosen
 from flextok.attention.sparse.scores import check_shapes
@@ -24,7 +24,7 @@ class TopKMasker(FixedMasker):
         queries: Tensor,
         keys: Tensor,
         attention_mask: Tensor | None,
-        scaling: float,
+        scaling: Number,
         sparse_meta_data: dict[Any, Any] | None,
         **kwargs: Any,
     ) -> Tensor:
@@ -37,8 +37,8 @@ class TopKMasker(FixedMasker):
         queries: Tensor,
         values: Tensor,
         attention_mask: Tensor | None,
-        scaling: float,
-        dropout: float,
+        scaling: Number,
+        dropout: Number,
         sparse_meta_data: dict[Any, Any] | None,
         previous_mask: Mask,
         **kwargs: Any,
