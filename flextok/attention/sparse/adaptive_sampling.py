@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from flextok.attention.sparse.config import (
+    Given,
     Number,
     SamplingMaskerConfig,
     Size,
@@ -33,13 +34,13 @@ from flextok.attention.sparse.scores import logits
 class AdaptiveSamplingMaskerConfig(SamplingMaskerConfig):
     """Error `epsilon` of the softmax denominator with probability `1 - delta`, between two offsets."""
 
-    base_rate_sampling: Size
+    base_rate_sampling: Given[Size]
     """Keys of the base sample: a number (int), or a share of the residual (float below 1). 0: nothing is added."""
-    epsilon: float
-    delta: float
-    init_offset: Size
+    epsilon: Given[float]
+    delta: Given[float]
+    init_offset: Given[Size]
     """Keys left out at the start; meant to be those of the sink."""
-    local_offset: Size
+    local_offset: Given[Size]
     """Keys left out at the end; meant to be those of the local window."""
 
     def __post_init__(self) -> None:

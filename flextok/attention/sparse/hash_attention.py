@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from os import PathLike
 from typing import Any
 
 import torch
@@ -10,6 +11,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from flextok.attention.sparse.config import (
+    Given,
     Number,
     TopKMaskerConfig,
     checked_bool,
@@ -38,16 +40,16 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
 class HashAttentionTopKMaskerConfig(TopKMaskerConfig):
     """The `heavy_size` keys whose signatures differ least from the query's."""
 
-    hat_bits: int
-    hat_mlp_layers: int
+    hat_bits: Given[int]
+    hat_mlp_layers: Given[int]
     """Matrices of each perceptron."""
-    hat_mlp_hidden_size: int
-    hat_mlp_activation: str
+    hat_mlp_hidden_size: Given[int]
+    hat_mlp_activation: Given[str]
     """relu, silu, gelu or tanh; after all matrices but the last."""
-    hat_weights: HatWeights | None = field(default=None, repr=False, compare=False)
-    hat_weight_file: str | None = None
+    hat_weights: Given[HatWeights | None] = field(default=None, repr=False, compare=False)
+    hat_weight_file: Given[str | None] = None
     """safetensors; `flextok.attention.sparse.hat_weights` has the layout."""
-    cache_keys: bool = False
+    cache_keys: Given[bool] = False
     """Hash only keys that are new since the last call with the same `sparse_meta_data`. For keys that only grow."""
 
     def __post_init__(self) -> None:
@@ -59,6 +61,8 @@ class HashAttentionTopKMaskerConfig(TopKMaskerConfig):
         if (self.hat_weights is None) == (self.hat_weight_file is None):
             raise ValueError("hat_weights, hat_weight_file: one of the two is needed, and only one")
         if self.hat_weight_file is not None:
+            if not isinstance(self.hat_weight_file, str | PathLike):
+                raise ValueError(f"hat_weight_file={self.hat_weight_file!r}; valid: the path of a safetensors file")
             self.hat_weight_file = str(self.hat_weight_file)
         if self.hat_weights is not None:
             self.check_fit("hat_weights", self.hat_weights)

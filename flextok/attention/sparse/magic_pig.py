@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from flextok.attention.sparse.config import (
+    Given,
     Number,
     SamplingMaskerConfig,
     checked_bool,
@@ -25,17 +26,17 @@ from flextok.attention.sparse.selection import Selection, columns_of, merge_sele
 class MagicPigConfig(SamplingMaskerConfig):
     """`lsh_l` tables of `lsh_k` bits."""
 
-    lsh_l: int
-    lsh_k: int
-    center: bool = True
+    lsh_l: Given[int]
+    lsh_k: Given[int]
+    center: Given[bool] = True
     """Subtract the mean of the keys, of each batch entry and key head, from keys and queries."""
-    packing: str = "int64"
+    packing: Given[str] = "int64"
     """How codes are stored: int64 (up to 64 bits) or float32. The result is the same."""
-    seed: int = 42
+    seed: Given[int] = 42
     """Of the hyperplanes: they are all the randomness there is, so errors with one seed are correlated."""
-    min_tables: int = 1
+    min_tables: Given[int] = 1
     """In how many tables a key has to be found: 1, or 2 as in the original authors' code."""
-    cache_keys: bool = False
+    cache_keys: Given[bool] = False
     """Hash only keys that are new since the last call with the same `sparse_meta_data`. For keys that only grow; mean
     and largest norm stay those of the first call."""
 

@@ -87,7 +87,7 @@ class ResearchMasker(ABC):
         raise ValueError(f"{type(self).__name__} needs all scores, it has no `select`; use `build_mask`")
 
     @classmethod
-    def create_from_config(cls, config: MaskerConfig) -> "ResearchMasker":
+    def create_from_config(cls, config: Any) -> "ResearchMasker":
         """A masker of this class; ValueError if its configuration is of another type."""
         expected = [kind for kind, owner in MaskerRegistry.get_all_registered_types().items() if owner is cls]
         if type(config) not in expected:
@@ -96,7 +96,7 @@ class ResearchMasker(ABC):
         return cls(config)
 
     @staticmethod
-    def create_masker_from_config(config: MaskerConfig) -> "ResearchMasker":
+    def create_masker_from_config(config: Any) -> "ResearchMasker":
         """The masker that is registered for the type of `config`."""
         return MaskerRegistry.get_masker_class(type(config)).create_from_config(config)
 

@@ -7,7 +7,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from flextok.attention.sparse.config import Number, SamplingMaskerConfig, checked_number
+from flextok.attention.sparse.config import (
+    Given,
+    Number,
+    SamplingMaskerConfig,
+    checked_number,
+)
 from flextok.attention.sparse.mask import Mask
 from flextok.attention.sparse.masker import SamplingMasker, all_columns, full_like
 from flextok.attention.sparse.registry import MaskerRegistry
@@ -19,7 +24,7 @@ from flextok.attention.sparse.selection import Selection, merge_selections
 class RandomSamplingMaskerConfig(SamplingMaskerConfig):
     """A share `sampling_rate` of all keys."""
 
-    sampling_rate: float
+    sampling_rate: Given[float]
 
     def __post_init__(self) -> None:
         super().__post_init__()
