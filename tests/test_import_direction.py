@@ -50,6 +50,7 @@ AT_MODULE_LEVEL = {
     "pyarrow": set(),
     "shtab": set(),
     "gradio": {"demo"},
+    "optuna": set(),
 }
 # These parts may not import the library at all.
 NEVER = {"attention": {"diffusers", "lightning", "PIL"}, "fusion": {"diffusers", "lightning"}}

@@ -21,8 +21,8 @@ from flextok.attention.sparse.config import (
 from flextok.attention.sparse.hat_weights import HatWeights, check_hat_weights, load_hat_weights
 from flextok.attention.sparse.masker import all_columns, check_grown, layer_of, state_of
 from flextok.attention.sparse.registry import MaskerRegistry
-from flextok.attention.sparse.scores import additive_bias, allowed_pairs, check_shapes, repeat_heads, work_dtype
-from flextok.attention.sparse.selection import Selection, columns_of, merge_selections
+from flextok.attention.sparse.scores import additive_bias, allowed_pairs, repeat_heads, work_dtype
+from flextok.attention.sparse.selection import Selection, columns_of, nothing_selected
 from flextok.attention.sparse.signatures import hamming_distance, pack_bits
 from flextok.attention.sparse.top_k import TopKMasker, largest, nearest
 
@@ -112,22 +112,19 @@ class HashAttentionTopKMasker(TopKMasker):
         distance = self._distance(queries, keys, sparse_meta_data, layer_of(self, kwargs))
         return self._scores_of(distance, attention_mask)
 
-    @torch.no_grad()
-    def select(
+    def _select(
         self,
         keys: Tensor,
         queries: Tensor,
         attention_mask: Tensor | None,
-        scaling: Number,
         sparse_meta_data: dict[Any, Any] | None,
         previous: Selection,
         **kwargs: Any,
     ) -> Selection:
         num_keys = keys.shape[2]
         size = num_keys_of(self.config.heavy_size, num_keys)
-        if size == 0 or previous.is_everything(num_keys):
-            return previous
-        check_shapes(queries, keys)
+        if size == 0:
+            return nothing_selected(queries)
         if size >= num_keys:
             return all_columns(queries, keys)
         distance = self._distance(queries, keys, sparse_meta_data, layer_of(self, kwargs))
@@ -140,7 +137,7 @@ class HashAttentionTopKMasker(TopKMasker):
         else:
             chosen = largest(self._scores_of(distance, attention_mask), size, is_candidate)
         columns, is_entry = columns_of(chosen)
-        return merge_selections(previous, Selection(columns, is_entry.float()))
+        return Selection(columns, is_entry.float())
 
     def _scores_of(self, distance: Tensor, attention_mask: Tensor | None) -> Tensor:
         """Agreeing less differing bits, plus an additive attention mask."""

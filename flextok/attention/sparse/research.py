@@ -99,13 +99,11 @@ class ResearchAttention:
         training = module is not None and module.training
         return masked_attention(queries, keys, values, mask, scaling, attention_mask, dropout, training)
 
-    @torch.no_grad()
     def select(
         self,
         queries: Tensor,
         keys: Tensor,
         attention_mask: Tensor | None,
-        scaling: Number,
         sparse_meta_data: dict[Any, Any] | None,
         **kwargs: Any,
     ) -> Selection:
@@ -121,7 +119,6 @@ class ResearchAttention:
                 keys=keys,
                 queries=queries,
                 attention_mask=attention_mask,
-                scaling=scaling,
                 sparse_meta_data=sparse_meta_data,
                 previous=selection,
                 **kwargs,
@@ -143,7 +140,7 @@ class ResearchAttention:
         Raises:
             ValueError: a masker of the list chooses by all logits.
         """
-        selection = self.select(queries, keys, attention_mask, scaling, sparse_meta_data, **kwargs)
+        selection = self.select(queries, keys, attention_mask, sparse_meta_data, **kwargs)
         return gathered_attention(queries, keys, values, selection, scaling, attention_mask)
 
 

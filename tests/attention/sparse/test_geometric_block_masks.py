@@ -47,7 +47,7 @@ def dense_of(specs, num_queries, num_keys):
     return attention_of(specs).build_mask(q, k, k, None, 1.0, 0.0, {}).get_dense_mask()[0, 0] > 0
 
 
-@settings(max_examples=200)
+@settings(max_examples=100)
 @given(specs=geometric_specs, num_queries=lengths, num_keys=lengths, block_size=st.sampled_from([1, 4, 16, 128]))
 def test_function_and_block_mask_are_the_mask(specs, num_queries, num_keys, block_size):
     configs = build_config(specs).masker_configs

@@ -329,6 +329,19 @@ def test_adaptive_sampling_survives_terms_that_all_underflow():
     assert ((values >= 0) & (values <= 1)).all()
 
 
+def test_keys_that_are_held_but_not_allowed_are_no_part_of_the_budget():
+    """A forbidden key with nearly all of the weight: counted, it would make any error of the others small."""
+    q, k, v = problem(num_keys=400)
+    k[:, :, 0] = 3 * q[:, :1, 0]
+    previous = torch.zeros(1, 2, 1, 400)
+    previous[..., 0] = 1
+    allowed = (torch.arange(400) > 0).expand(1, 1, 1, 400)
+    for attention_mask in (allowed, torch.zeros(1, 1, 1, 400).masked_fill(~allowed, float("-inf"))):
+        drawn = add(adaptive(epsilon=0.05), (q, k, v), mask_of(previous), attention_mask)[..., 1:]
+        alone = add(adaptive(epsilon=0.05), (q, k[:, :, 1:], v[:, :, 1:]))
+        assert (drawn > 0).double().mean() == pytest.approx((alone > 0).double().mean(), rel=0.25)
+
+
 @pytest.mark.parametrize("generator", [None, torch.Generator()])
 def test_generators_are_optional(generator):
     values = add(adaptive(), problem(), generator=generator)
