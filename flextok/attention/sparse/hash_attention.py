@@ -71,16 +71,11 @@ class HashAttentionTopKMaskerConfig(TopKMaskerConfig):
         for layer, parts in weights.items():
             for side in ("query", "key"):
                 widths = [matrix.shape[2] for matrix in parts[f"{side}_matrix"]]
-                stated = {"hat_mlp_layers": self.hat_mlp_layers, "hat_bits": self.hat_bits}
-                real = {"hat_mlp_layers": len(widths), "hat_bits": widths[-1]}
-                for i, width in enumerate(widths[:-1]):
-                    stated[f"hat_mlp_hidden_size of {i}"] = self.hat_mlp_hidden_size
-                    real[f"hat_mlp_hidden_size of {i}"] = width
-                for option, value in stated.items():
-                    if real.get(option, value) != value:
-                        raise ValueError(
-                            f"{option.split()[0]}={value}, but {name}[{layer}], {side}, has {real[option]}"
-                        )
+                real = [("hat_mlp_layers", len(widths)), ("hat_bits", widths[-1])]
+                real += [("hat_mlp_hidden_size", width) for width in widths[:-1]]
+                for option, value in real:
+                    if getattr(self, option) != value:
+                        raise ValueError(f"{option}={getattr(self, option)}, but {name}[{layer}], {side}, has {value}")
 
 
 @MaskerRegistry.register(HashAttentionTopKMaskerConfig)

@@ -31,8 +31,14 @@ class ResearchAttention:
     """Maskers in their order. The usual one is sink, local, heavy hitters, sampler."""
 
     def __init__(self, maskers: Sequence[ResearchMasker]) -> None:
-        """ValueError if more than one masker draws at random: probabilities of a union could not be known."""
+        """ValueError if more than one masker draws at random, or two of a kind keep what they know of keys.
+
+        Probabilities of a union of draws could not be known; and what is known of keys is stored by kind and layer.
+        """
         check_one_sampler([type(masker) for masker in maskers])
+        caching = [type(masker).__name__ for masker in maskers if getattr(masker.config, "cache_keys", False)]
+        if len(caching) != len(set(caching)):
+            raise ValueError(f"masker_configs holds several {caching[0]} with cache_keys; valid: one, or without it")
         self.maskers = tuple(maskers)
 
     @classmethod

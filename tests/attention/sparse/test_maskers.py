@@ -360,6 +360,13 @@ def test_two_samplers_are_refused():
         ResearchAttention.create_from_config(config)
 
 
+def test_two_maskers_of_a_kind_cannot_both_keep_keys():
+    chosen = [hash_spec(hash_weights(2, seed=seed)) for seed in (0, 1)]
+    attention_of(chosen)
+    with pytest.raises(ValueError, match="several HashAttentionTopKMasker with cache_keys"):
+        attention_of([spec | {"cache_keys": True} for spec in chosen])
+
+
 def test_other_types_than_a_config_are_refused():
     with pytest.raises(TypeError, match="a ResearchAttentionConfig"):
         ResearchAttention.create_from_config(SinkMaskerConfig(4))
