@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from flextok.attention.sparse.attention import masked_attention
 from flextok.attention.sparse.config import Given, MaskerConfig, Number
@@ -87,7 +87,7 @@ class ResearchAttention:
 
     def custom_attention(
         self,
-        module: nn.Module | None,
+        module: Any,
         queries: Tensor,
         keys: Tensor,
         values: Tensor,
@@ -99,10 +99,13 @@ class ResearchAttention:
     ) -> tuple[Tensor, Tensor]:
         """Attention from all logits: output `(B, Sq, H, Dv)` and weights `(B, H, Sq, Sk)`, as `masked_attention`.
 
-        `module` says whether it is training, which is when dropout acts.
+        `module`, if it is not None, says by `training` whether dropout acts, and by `layer_idx` which layer it is where
+        the arguments do not.
         """
+        if hasattr(module, "layer_idx"):
+            kwargs = {"layer_idx": module.layer_idx} | kwargs
         mask = self.build_mask(queries, keys, values, attention_mask, scaling, dropout, sparse_meta_data, **kwargs)
-        training = module is not None and module.training
+        training = bool(getattr(module, "training", False))
         return masked_attention(queries, keys, values, mask, scaling, attention_mask, dropout, training)
 
     def select(

@@ -390,6 +390,18 @@ def test_the_order_matters_only_to_rules_that_look():
     assert torch.equal(*masks)
 
 
+def test_the_module_says_which_layer_it_is_and_whether_it_trains():
+    tensors, state = problem(num_keys=300), {}
+    module = torch.nn.Module()
+    module.layer_idx = 3
+    output = attention_of([pig(20, 2)]).custom_attention(module.eval(), *tensors, None, 0.3, 0.5, state)[0]
+    assert list(state["projections"]) == [3]
+    again = attention_of([pig(20, 2)]).custom_attention(module, *tensors, None, 0.3, 0.0, {}, layer_idx=3)[0]
+    assert torch.equal(output, again)
+    trained = attention_of([pig(20, 2)]).custom_attention(module.train(), *tensors, None, 0.3, 0.5, {})[0]
+    assert not torch.equal(output, trained)
+
+
 def test_choosing_makes_no_gradients():
     q, k, v = (x.requires_grad_() for x in problem(num_queries=3))
     chosen = [*AROUND, {"type": "OracleTopK", "heavy_size": 2}, pig()]
