@@ -13,7 +13,6 @@ from flextok.attention.sparse.config import Given, MaskerConfig, Number
 from flextok.attention.sparse.gathered import gathered_attention
 from flextok.attention.sparse.mask import Mask
 from flextok.attention.sparse.masker import ResearchMasker, SamplingMasker, all_columns
-from flextok.attention.sparse.registry import MaskerRegistry
 from flextok.attention.sparse.scores import check_shapes
 from flextok.attention.sparse.selection import Selection, nothing_selected
 
@@ -37,8 +36,9 @@ class ResearchAttention:
         """
         check_one_sampler([type(masker) for masker in maskers])
         caching = [type(masker).__name__ for masker in maskers if getattr(masker.config, "cache_keys", False)]
-        if len(caching) != len(set(caching)):
-            raise ValueError(f"masker_configs holds several {caching[0]} with cache_keys; valid: one, or without it")
+        twice = {name for name in caching if caching.count(name) > 1}
+        if twice:
+            raise ValueError(f"masker_configs holds several {twice.pop()} with cache_keys; valid: one, or without it")
         self.maskers = tuple(maskers)
 
     @classmethod
@@ -49,7 +49,6 @@ class ResearchAttention:
         for place, masker_config in enumerate(config.masker_configs):
             if not isinstance(masker_config, MaskerConfig):
                 raise ValueError(f"masker_configs[{place}]={masker_config!r}; valid: a MaskerConfig")
-        check_one_sampler([MaskerRegistry.get_masker_class(type(each)) for each in config.masker_configs])
         _warn_of_offsets(config.masker_configs)
         return cls([ResearchMasker.create_masker_from_config(each) for each in config.masker_configs])
 
