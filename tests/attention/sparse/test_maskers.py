@@ -9,6 +9,7 @@ from torch.testing import assert_close
 from flextok.attention.sparse import Mask, ResearchAttention, ResearchAttentionConfig, SinkMaskerConfig
 from flextok.attention.sparse.lsh import Tables, collision_probability
 from flextok.attention.sparse.signatures import hamming_distance, pack_bits, popcount, popcount_by_arithmetic
+from flextok.attention.sparse.top_p import heaviest
 from tests.attention.sparse.problems import hash_weights, specs
 from tests.attention.sparse.vectors import attention_of, mask_of
 
@@ -121,6 +122,14 @@ def test_top_p_is_a_share_of_what_is_left_and_leaves_full_rows_alone():
     assert add(spec, (q, k, k), previous).flatten().tolist() == [1, 1, 0, 0]
     half = torch.full((1, 1, 1, 4), 0.5)
     assert torch.equal(add(spec, (q, k, k), mask_of(half)), half)
+
+
+def test_top_p_takes_one_key_more_where_the_sum_is_exactly_the_share():
+    scores = torch.randn(1, 8)
+    sums = scores.softmax(-1).sort(descending=True).values.cumsum(-1)[0]
+    for rank in range(7):
+        chosen = heaviest(scores, sums[rank].item(), torch.ones(1, 8, dtype=torch.bool))
+        assert chosen.sum() == rank + 2
 
 
 # --- HashAttention ----------------------------------------------------------------------------------------------------
