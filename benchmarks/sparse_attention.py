@@ -31,6 +31,7 @@ from flextok.attention.sparse import (
 )
 
 Specs = list[dict[str, Any]]
+Ways = dict[str, Callable[[], object]]
 HEAD_DIM = 64
 BANDS = (64, 128, 256, 512)
 """Keys on either side of a query."""
@@ -70,7 +71,7 @@ def measure_windows(length: int, repeats: int, device: torch.device) -> Iterator
         place = torch.arange(length, device=device)
         mask = (place[:, None] - place).abs() <= band
         check(sparse(), F.scaled_dot_product_attention(q, k, v, mask, scale=scale), f"band {band}")
-        ways = {"dense": partial(F.scaled_dot_product_attention, q, k, v, scale=scale), "sparse": sparse}
+        ways: Ways = {"dense": partial(F.scaled_dot_product_attention, q, k, v, scale=scale), "sparse": sparse}
         row = {"band": band, "density": float(mask.float().mean())}
         yield row | times_and_ratio(ways, repeats, device)
 
@@ -117,7 +118,7 @@ def measure_selection(num_keys: int, repeats: int, device: torch.device) -> Iter
             chosen = select()
             expected, _ = attention.custom_attention(None, q, k, v, None, scale, 0.0, state, layer_idx=0)
             check(both(), expected, name)
-            ways = {"dense": dense, "select": select, "select_and_attend": both}
+            ways: Ways = {"dense": dense, "select": select, "select_and_attend": both}
             seconds = measure_in_turn(ways, repeats=repeats, warmup=3, device=device)
             yield {
                 "selector": name,
@@ -167,7 +168,7 @@ def check(found: Tensor, expected: Tensor, what: str) -> None:
         raise AssertionError(f"{what}: the sparse result differs from the dense one by {difference}")
 
 
-def times_and_ratio(ways: dict[str, Callable[[], Tensor]], repeats: int, device: torch.device) -> dict[str, float]:
+def times_and_ratio(ways: Ways, repeats: int, device: torch.device) -> dict[str, float]:
     seconds = measure_in_turn(ways, repeats=repeats, warmup=3, device=device)
     milliseconds = {f"{name}_ms": 1e3 * middle(of_way) for name, of_way in seconds.items()}
     return {**milliseconds, "times_faster": median_ratio(seconds["dense"], seconds["sparse"])}
