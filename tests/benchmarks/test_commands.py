@@ -17,6 +17,7 @@ from benchmarks import (
     operator_calls,
     paraphrase_fusion,
     sample_data,
+    sparse_attention,
     start_up,
     training_loop,
     training_step,
@@ -59,6 +60,19 @@ def test_paraphrase_fusion(run, monkeypatch):
     assert all(row["seconds"] > 0 for row in ways.values())
     assert [row["tokens"] for row in content["block_masks"]] == [64, 256]
     assert ["evaluated_ms" in row for row in content["block_masks"]] == [True, False]
+
+
+def test_sparse_attention(run, monkeypatch):
+    monkeypatch.setattr(sparse_attention, "BANDS", (4, 100))
+    monkeypatch.setattr(sparse_attention, "SHAPES", ((4, 2, 8),))
+    monkeypatch.setattr(sparse_attention, "DENSITIES", (0.1, 0.5))
+    content = run(sparse_attention, "--repeats", 2, "--row", 64, "--keys", 80)
+    assert [row["band"] for row in content["windows"]] == [4]
+    assert [row["density"] for row in content["decoding"]] == [0.1, 0.5]
+    assert [row["selector"] for row in content["selection"]] == ["hash", "magicpig"]
+    for row in (*content["windows"], *content["decoding"]):
+        assert row["times_faster"] > 0
+    assert all(row["select_over_dense"] > 0 and 0 < row["density"] < 1 for row in content["selection"])
 
 
 def test_training_step(run, monkeypatch):
