@@ -15,7 +15,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from flextok.attention.sparse.config import SamplingMaskerConfig, Size, checked_number, num_keys_of
+from flextok.attention.sparse.config import (
+    Given,
+    Number,
+    SamplingMaskerConfig,
+    Size,
+    checked_number,
+    num_keys_of,
+)
 from flextok.attention.sparse.mask import Mask
 from flextok.attention.sparse.masker import SamplingMasker, candidates, full_like
 from flextok.attention.sparse.random_sampling import uniform_noise
@@ -27,13 +34,13 @@ from flextok.attention.sparse.scores import logits
 class AdaptiveSamplingMaskerConfig(SamplingMaskerConfig):
     """Error `epsilon` of the softmax denominator with probability `1 - delta`, between two offsets."""
 
-    base_rate_sampling: Size
+    base_rate_sampling: Given[Size]
     """Keys of the base sample: a number (int), or a share of the residual (float below 1). 0: nothing is added."""
-    epsilon: float
-    delta: float
-    init_offset: Size
+    epsilon: Given[float]
+    delta: Given[float]
+    init_offset: Given[Size]
     """Keys left out at the start; meant to be those of the sink."""
-    local_offset: Size
+    local_offset: Given[Size]
     """Keys left out at the end; meant to be those of the local window."""
 
     def __post_init__(self) -> None:
@@ -67,8 +74,8 @@ class AdaptiveSamplingMasker(SamplingMasker):
         queries: Tensor,
         values: Tensor,
         attention_mask: Tensor | None,
-        scaling: float,
-        dropout: float,
+        scaling: Number,
+        dropout: Number,
         sparse_meta_data: dict[Any, Any] | None,
         previous_mask: Mask,
         **kwargs: Any,

@@ -5,6 +5,7 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.nn.functional import dropout as apply_dropout
 
+from flextok.attention.sparse.config import Number
 from flextok.attention.sparse.mask import Mask
 from flextok.attention.sparse.scores import allowed_pairs, check_shapes, grouped, logits, work_dtype
 
@@ -14,9 +15,9 @@ def masked_attention(
     keys: Tensor,
     values: Tensor,
     mask: Mask,
-    scaling: float,
+    scaling: Number,
     attention_mask: Tensor | None = None,
-    dropout: float = 0.0,
+    dropout: Number = 0.0,
     training: bool = False,
 ) -> tuple[Float[Tensor, "B Sq H Dv"], Float[Tensor, "B H Sq Sk"]]:
     """Softmax over the selected allowed keys, each weighted by 1 / probability; rows without any give zeros.
@@ -49,7 +50,7 @@ def masked_attention(
 
 
 def weighted_logits(
-    queries: Tensor, keys: Tensor, mask: Mask, scaling: float, attention_mask: Tensor | None
+    queries: Tensor, keys: Tensor, mask: Mask, scaling: Number, attention_mask: Tensor | None
 ) -> Float[Tensor, "B H Sq Sk"]:
     """Logits less the logarithm of the probability; -inf where a pair is not selected or not allowed."""
     scores = logits(queries, keys, scaling, attention_mask)

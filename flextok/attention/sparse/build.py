@@ -9,7 +9,7 @@ from flextok.attention.sparse.registry import MaskerRegistry
 from flextok.attention.sparse.research import ResearchAttentionConfig, check_one_sampler
 
 
-def build_config(specs: Sequence[Mapping[str, Any]]) -> ResearchAttentionConfig:
+def build_config(specs: Any) -> ResearchAttentionConfig:
     """Configurations from `[{"type": "SinkMasker", "sink_size": 128}, ...]`: the name of a masker class and its fields.
 
     Raises:
@@ -26,7 +26,7 @@ def _config_of(spec: Any, where: str) -> MaskerConfig:
     known = {owner.__name__: kind for kind, owner in MaskerRegistry.get_all_registered_types().items()}
     if not isinstance(spec, Mapping):
         raise ValueError(f"{where}={spec!r}; valid: a mapping with type and the fields of that masker")
-    if spec.get("type") not in known:
+    if not isinstance(spec.get("type"), str) or spec["type"] not in known:
         raise ValueError(f"{where}.type={spec.get('type')!r}; valid: {', '.join(sorted(known))}")
     config_type = known[spec["type"]]
     given = {name: value for name, value in spec.items() if name != "type"}

@@ -7,18 +7,30 @@ made, by the name of the field; numbers from numpy become Python numbers.
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
 import numpy as np
 
-Size = int | float
+Number = int | float
+Size = Number
+T = TypeVar("T")
+
+if TYPE_CHECKING:
+    Given = Annotated[T, "what a configuration holds once it is made"]
+else:
+
+    class Given:
+        """A field that anything can be given for, and that its configuration checks: values come from files."""
+
+        def __class_getitem__(cls, item: Any) -> Any:
+            return Any
 
 
 @dataclass
 class MaskerConfig:
     """What every masker's configuration has."""
 
-    search_space: dict[str, Any] = field(default_factory=dict, kw_only=True)
+    search_space: Given[dict[str, Any]] = field(default_factory=dict, kw_only=True)
     """Per field, what a hyper-parameter search may try; maskers do not read it."""
 
     def __post_init__(self) -> None:
@@ -40,7 +52,7 @@ class SamplingMaskerConfig(MaskerConfig):
 class TopKMaskerConfig(FixedMaskerConfig):
     """Base for maskers that select the `heavy_size` keys with the largest scores."""
 
-    heavy_size: Size
+    heavy_size: Given[Size]
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -51,7 +63,7 @@ class TopKMaskerConfig(FixedMaskerConfig):
 class TopPMaskerConfig(FixedMaskerConfig):
     """Base for maskers that select the keys which hold the share `top_p` of the remaining weight."""
 
-    top_p: float
+    top_p: Given[float]
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -13,6 +13,7 @@ from torch.nn.attention.flex_attention import flex_attention
 
 from flextok.attention.reference import ScoreMod
 from flextok.attention.sparse.block_mask import block_mask_of_pairs, entry_of
+from flextok.attention.sparse.config import Number
 from flextok.attention.sparse.mask import Mask
 from flextok.attention.sparse.scores import additive_bias, allowed_pairs, check_shapes
 
@@ -34,7 +35,7 @@ def flex_masked_attention(
     keys: Tensor,
     values: Tensor,
     mask: Mask,
-    scaling: float,
+    scaling: Number,
     attention_mask: Tensor | None = None,
     block_size: int = 128,
 ) -> Tensor:

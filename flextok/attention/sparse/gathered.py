@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 
 from flextok.attention.sparse.attention import masked_attention
+from flextok.attention.sparse.config import Number
 from flextok.attention.sparse.mask import Mask
 from flextok.attention.sparse.scores import additive_bias, allowed_pairs, check_shapes, grouped, work_dtype
 from flextok.attention.sparse.selection import Selection, rows_at
@@ -14,7 +15,7 @@ def gathered_attention(
     keys: Tensor,
     values: Tensor,
     mask: Mask | Selection,
-    scaling: float,
+    scaling: Number,
     attention_mask: Tensor | None = None,
 ) -> Tensor:
     """The output of `masked_attention`, `(B, Sq, H, Dv)`, from gathered rows of keys and values.

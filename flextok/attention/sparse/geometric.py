@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from flextok.attention.sparse.config import Number
 from flextok.attention.sparse.mask import Mask
 from flextok.attention.sparse.masker import FixedMasker, all_columns, full_like, with_chosen
 from flextok.attention.sparse.selection import Selection, merge_selections
@@ -55,8 +56,8 @@ class GeometricMasker(FixedMasker):
         queries: Tensor,
         values: Tensor,
         attention_mask: Tensor | None,
-        scaling: float,
-        dropout: float,
+        scaling: Number,
+        dropout: Number,
         sparse_meta_data: dict[Any, Any] | None,
         previous_mask: Mask,
         **kwargs: Any,
@@ -80,7 +81,7 @@ class GeometricMasker(FixedMasker):
         keys: Tensor,
         queries: Tensor,
         attention_mask: Tensor | None,
-        scaling: float,
+        scaling: Number,
         sparse_meta_data: dict[Any, Any] | None,
         previous: Selection,
         **kwargs: Any,

@@ -2,14 +2,16 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from os import PathLike
 from typing import Any
 
 import torch
-from jaxtyping import Bool, Shaped
 from torch import Tensor
 from torch.nn import functional as F
 
 from flextok.attention.sparse.config import (
+    Given,
+    Number,
     TopKMaskerConfig,
     checked_bool,
     checked_choice,
@@ -17,13 +19,12 @@ from flextok.attention.sparse.config import (
     num_keys_of,
 )
 from flextok.attention.sparse.hat_weights import HatWeights, check_hat_weights, load_hat_weights
-from flextok.attention.sparse.magic_pig import check_grown
-from flextok.attention.sparse.masker import all_columns, layer_of, state_of
+from flextok.attention.sparse.masker import all_columns, check_grown, layer_of, state_of
 from flextok.attention.sparse.registry import MaskerRegistry
 from flextok.attention.sparse.scores import additive_bias, allowed_pairs, check_shapes, repeat_heads, work_dtype
 from flextok.attention.sparse.selection import Selection, columns_of, merge_selections
 from flextok.attention.sparse.signatures import hamming_distance, pack_bits
-from flextok.attention.sparse.top_k import TopKMasker, largest
+from flextok.attention.sparse.top_k import TopKMasker, largest, nearest
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "relu": F.relu,
@@ -37,16 +38,16 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
 class HashAttentionTopKMaskerConfig(TopKMaskerConfig):
     """The `heavy_size` keys whose signatures differ least from the query's."""
 
-    hat_bits: int
-    hat_mlp_layers: int
+    hat_bits: Given[int]
+    hat_mlp_layers: Given[int]
     """Matrices of each perceptron."""
-    hat_mlp_hidden_size: int
-    hat_mlp_activation: str
+    hat_mlp_hidden_size: Given[int]
+    hat_mlp_activation: Given[str]
     """relu, silu, gelu or tanh; after all matrices but the last."""
-    hat_weights: HatWeights | None = field(default=None, repr=False, compare=False)
-    hat_weight_file: str | None = None
+    hat_weights: Given[HatWeights | None] = field(default=None, repr=False, compare=False)
+    hat_weight_file: Given[str | None] = None
     """safetensors; `flextok.attention.sparse.hat_weights` has the layout."""
-    cache_keys: bool = False
+    cache_keys: Given[bool] = False
     """Hash only keys that are new since the last call with the same `sparse_meta_data`. For keys that only grow."""
 
     def __post_init__(self) -> None:
@@ -58,6 +59,8 @@ class HashAttentionTopKMaskerConfig(TopKMaskerConfig):
         if (self.hat_weights is None) == (self.hat_weight_file is None):
             raise ValueError("hat_weights, hat_weight_file: one of the two is needed, and only one")
         if self.hat_weight_file is not None:
+            if not isinstance(self.hat_weight_file, str | PathLike):
+                raise ValueError(f"hat_weight_file={self.hat_weight_file!r}; valid: the path of a safetensors file")
             self.hat_weight_file = str(self.hat_weight_file)
         if self.hat_weights is not None:
             self.check_fit("hat_weights", self.hat_weights)
@@ -102,7 +105,7 @@ class HashAttentionTopKMasker(TopKMasker):
         queries: Tensor,
         keys: Tensor,
         attention_mask: Tensor | None,
-        scaling: float,
+        scaling: Number,
         sparse_meta_data: dict[Any, Any] | None,
         **kwargs: Any,
     ) -> Tensor:
@@ -115,7 +118,7 @@ class HashAttentionTopKMasker(TopKMasker):
         keys: Tensor,
         queries: Tensor,
         attention_mask: Tensor | None,
-        scaling: float,
+        scaling: Number,
         sparse_meta_data: dict[Any, Any] | None,
         previous: Selection,
         **kwargs: Any,
@@ -187,22 +190,3 @@ class HashAttentionTopKMasker(TopKMasker):
             pairs = zip(parts[f"{side}_matrix"], parts[f"{side}_bias"], strict=True)
             self._moved[key] = [(matrix.to(*key[2:]), bias.to(*key[2:])) for matrix, bias in pairs]
         return self._moved[key]
-
-
-def nearest(
-    distance: Shaped[Tensor, "*rows n"], k: int, is_candidate: Bool[Tensor, "*rows n"], most: int
-) -> Bool[Tensor, "*rows n"]:
-    """Per row the k candidates of the smallest distance, 0 to `most`; of equal ones the first columns.
-
-    There are few values, so counting them is quicker than sorting.
-    """
-    flat = torch.where(is_candidate, distance.int(), most + 1).flatten(0, -2)
-    bins = most + 2
-    start = torch.arange(len(flat), device=flat.device, dtype=torch.int32)[:, None] * bins
-    up_to = torch.bincount((flat + start).flatten(), minlength=len(flat) * bins).reshape(-1, bins).cumsum(-1)
-    # The distance of the k-th nearest; one past the last where there are fewer candidates.
-    threshold = (up_to[:, :-1] < k).sum(-1, keepdim=True)
-    nearer = torch.nn.functional.pad(up_to, (1, 0)).gather(-1, threshold)
-    equal = flat == threshold
-    chosen = (flat < threshold) | (equal & (equal.cumsum(-1, dtype=torch.int32) <= k - nearer))
-    return chosen.reshape(distance.shape) & is_candidate

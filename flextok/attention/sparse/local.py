@@ -4,6 +4,7 @@ from dataclasses import dataclass
 
 from flextok.attention.sparse.config import (
     FixedMaskerConfig,
+    Given,
     Size,
     checked_bool,
     checked_choice,
@@ -18,10 +19,10 @@ from flextok.attention.sparse.registry import MaskerRegistry
 class LocalMaskerConfig(FixedMaskerConfig):
     """A window of `window_size` keys."""
 
-    window_size: Size
-    mode: str = "trailing"
+    window_size: Given[Size]
+    mode: Given[str] = "trailing"
     """trailing: the query and `window_size - 1` keys before it; centered: it and `window_size` keys on each side."""
-    dense_when_short: bool = True
+    dense_when_short: Given[bool] = True
     """Trailing only: every key when there are no more than the window and the queries together. That makes all
     self-attention dense: a decoder that wants a window sets it to False."""
 

@@ -6,10 +6,17 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from flextok.attention.sparse.config import SamplingMaskerConfig, checked_bool, checked_choice, checked_int
+from flextok.attention.sparse.config import (
+    Given,
+    Number,
+    SamplingMaskerConfig,
+    checked_bool,
+    checked_choice,
+    checked_int,
+)
 from flextok.attention.sparse.lsh import Frame, Tables, collision_probability, frame_of, lift_keys, lift_queries
 from flextok.attention.sparse.mask import Mask
-from flextok.attention.sparse.masker import SamplingMasker, layer_of, state_of
+from flextok.attention.sparse.masker import SamplingMasker, check_grown, layer_of, state_of
 from flextok.attention.sparse.registry import MaskerRegistry
 from flextok.attention.sparse.scores import check_shapes, grouped
 from flextok.attention.sparse.selection import Selection, columns_of, merge_selections, rows_at
@@ -19,17 +26,17 @@ from flextok.attention.sparse.selection import Selection, columns_of, merge_sele
 class MagicPigConfig(SamplingMaskerConfig):
     """`lsh_l` tables of `lsh_k` bits."""
 
-    lsh_l: int
-    lsh_k: int
-    center: bool = True
+    lsh_l: Given[int]
+    lsh_k: Given[int]
+    center: Given[bool] = True
     """Subtract the mean of the keys, of each batch entry and key head, from keys and queries."""
-    packing: str = "int64"
+    packing: Given[str] = "int64"
     """How codes are stored: int64 (up to 64 bits) or float32. The result is the same."""
-    seed: int = 42
+    seed: Given[int] = 42
     """Of the hyperplanes: they are all the randomness there is, so errors with one seed are correlated."""
-    min_tables: int = 1
+    min_tables: Given[int] = 1
     """In how many tables a key has to be found: 1, or 2 as in the original authors' code."""
-    cache_keys: bool = False
+    cache_keys: Given[bool] = False
     """Hash only keys that are new since the last call with the same `sparse_meta_data`. For keys that only grow; mean
     and largest norm stay those of the first call."""
 
@@ -72,8 +79,8 @@ class MagicPig(SamplingMasker):
         queries: Tensor,
         values: Tensor,
         attention_mask: Tensor | None,
-        scaling: float,
-        dropout: float,
+        scaling: Number,
+        dropout: Number,
         sparse_meta_data: dict[Any, Any] | None,
         previous_mask: Mask,
         **kwargs: Any,
@@ -96,7 +103,7 @@ class MagicPig(SamplingMasker):
         keys: Tensor,
         queries: Tensor,
         attention_mask: Tensor | None,
-        scaling: float,
+        scaling: Number,
         sparse_meta_data: dict[Any, Any] | None,
         previous: Selection,
         **kwargs: Any,
@@ -152,12 +159,3 @@ class MagicPig(SamplingMasker):
         if known is not None:
             codes, lengths = torch.cat([known.codes, codes], -1), torch.cat([known.lengths, lengths], -1)
         return _Hashed(frame, codes, lengths)
-
-
-def check_grown(keys: Tensor, batch_and_heads: torch.Size, num_known: int) -> None:
-    """ValueError unless `keys` can be those of the last call and more."""
-    if keys.shape[:2] != batch_and_heads or keys.shape[2] < num_known:
-        raise ValueError(
-            f"cache_keys: {list(keys.shape[:3])} keys after {[*batch_and_heads, num_known]}; valid: the same batch and "
-            "heads, and keys that only grow. Give each sequence its own sparse_meta_data"
-        )

@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from flextok.attention.sparse.config import MaskerConfig
+from flextok.attention.sparse.config import MaskerConfig, Number
 from flextok.attention.sparse.mask import Mask
 from flextok.attention.sparse.registry import MaskerRegistry
 from flextok.attention.sparse.scores import allowed_pairs, check_shapes
@@ -50,8 +50,8 @@ class ResearchMasker(ABC):
         queries: Tensor,
         values: Tensor,
         attention_mask: Tensor | None,
-        scaling: float,
-        dropout: float,
+        scaling: Number,
+        dropout: Number,
         sparse_meta_data: dict[Any, Any] | None,
         previous_mask: Mask,
         **kwargs: Any,
@@ -74,7 +74,7 @@ class ResearchMasker(ABC):
         keys: Tensor,
         queries: Tensor,
         attention_mask: Tensor | None,
-        scaling: float,
+        scaling: Number,
         sparse_meta_data: dict[Any, Any] | None,
         previous: Selection,
         **kwargs: Any,
@@ -87,7 +87,7 @@ class ResearchMasker(ABC):
         raise ValueError(f"{type(self).__name__} needs all scores, it has no `select`; use `build_mask`")
 
     @classmethod
-    def create_from_config(cls, config: MaskerConfig) -> "ResearchMasker":
+    def create_from_config(cls, config: Any) -> "ResearchMasker":
         """A masker of this class; ValueError if its configuration is of another type."""
         expected = [kind for kind, owner in MaskerRegistry.get_all_registered_types().items() if owner is cls]
         if type(config) not in expected:
@@ -96,7 +96,7 @@ class ResearchMasker(ABC):
         return cls(config)
 
     @staticmethod
-    def create_masker_from_config(config: MaskerConfig) -> "ResearchMasker":
+    def create_masker_from_config(config: Any) -> "ResearchMasker":
         """The masker that is registered for the type of `config`."""
         return MaskerRegistry.get_masker_class(type(config)).create_from_config(config)
 
@@ -148,6 +148,15 @@ def state_of(masker: ResearchMasker, sparse_meta_data: dict[Any, Any] | None, na
             "one per sequence"
         )
     return sparse_meta_data.setdefault(name, {})
+
+
+def check_grown(keys: Tensor, batch_and_heads: torch.Size, num_known: int) -> None:
+    """ValueError unless `keys` can be those of the last call and more."""
+    if keys.shape[:2] != batch_and_heads or keys.shape[2] < num_known:
+        raise ValueError(
+            f"cache_keys: {list(keys.shape[:3])} keys after {[*batch_and_heads, num_known]}; valid: the same batch and "
+            "heads, and keys that only grow. Give each sequence its own sparse_meta_data"
+        )
 
 
 def all_columns(queries: Tensor, keys: Tensor) -> Selection:

@@ -5,7 +5,7 @@ from typing import Any
 
 from torch import Tensor
 
-from flextok.attention.sparse.config import TopPMaskerConfig
+from flextok.attention.sparse.config import Number, TopPMaskerConfig
 from flextok.attention.sparse.registry import MaskerRegistry
 from flextok.attention.sparse.scores import logits
 from flextok.attention.sparse.top_p import TopPMasker
@@ -25,7 +25,7 @@ class OracleTopPMasker(TopPMasker):
         queries: Tensor,
         keys: Tensor,
         attention_mask: Tensor | None,
-        scaling: float,
+        scaling: Number,
         sparse_meta_data: dict[Any, Any] | None,
         **kwargs: Any,
     ) -> Tensor:

@@ -7,7 +7,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from flextok.attention.sparse.config import SamplingMaskerConfig, checked_number
+from flextok.attention.sparse.config import (
+    Given,
+    Number,
+    SamplingMaskerConfig,
+    checked_number,
+)
 from flextok.attention.sparse.mask import Mask
 from flextok.attention.sparse.masker import SamplingMasker, all_columns, full_like
 from flextok.attention.sparse.registry import MaskerRegistry
@@ -19,7 +24,7 @@ from flextok.attention.sparse.selection import Selection, merge_selections
 class RandomSamplingMaskerConfig(SamplingMaskerConfig):
     """A share `sampling_rate` of all keys."""
 
-    sampling_rate: float
+    sampling_rate: Given[float]
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -40,8 +45,8 @@ class RandomSamplingMasker(SamplingMasker):
         queries: Tensor,
         values: Tensor,
         attention_mask: Tensor | None,
-        scaling: float,
-        dropout: float,
+        scaling: Number,
+        dropout: Number,
         sparse_meta_data: dict[Any, Any] | None,
         previous_mask: Mask,
         **kwargs: Any,
@@ -64,7 +69,7 @@ class RandomSamplingMasker(SamplingMasker):
         keys: Tensor,
         queries: Tensor,
         attention_mask: Tensor | None,
-        scaling: float,
+        scaling: Number,
         sparse_meta_data: dict[Any, Any] | None,
         previous: Selection,
         **kwargs: Any,

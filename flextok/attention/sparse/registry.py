@@ -1,7 +1,7 @@
 """Which masker class a configuration stands for. Importing `flextok.attention.sparse` registers all of the package."""
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from flextok.attention.sparse.config import MaskerConfig
 
@@ -17,7 +17,7 @@ class MaskerRegistry:
     _registered: "dict[type[MaskerConfig], type[ResearchMasker]]" = {}
 
     @classmethod
-    def register(cls, config_type: type[MaskerConfig]) -> Callable[[M], M]:
+    def register(cls, config_type: Any) -> Callable[[M], M]:
         """Decorate a masker class: configurations of exactly `config_type` make it.
 
         Raises:
@@ -36,7 +36,7 @@ class MaskerRegistry:
         return remember
 
     @classmethod
-    def get_masker_class(cls, config_type: type[MaskerConfig]) -> "type[ResearchMasker]":
+    def get_masker_class(cls, config_type: Any) -> "type[ResearchMasker]":
         """The class registered for exactly this type; ValueError if there is none."""
         if config_type not in cls._registered:
             known = ", ".join(sorted(known.__name__ for known in cls._registered))

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from flextok.attention.sparse.attention import masked_attention
-from flextok.attention.sparse.config import MaskerConfig
+from flextok.attention.sparse.config import Given, MaskerConfig, Number
 from flextok.attention.sparse.gathered import gathered_attention
 from flextok.attention.sparse.mask import Mask
 from flextok.attention.sparse.masker import ResearchMasker, SamplingMasker, all_columns
@@ -24,7 +24,7 @@ logger = logging.getLogger(__name__)
 class ResearchAttentionConfig:
     """The configurations of maskers, in the order in which they are applied; none means dense attention."""
 
-    masker_configs: list[Any] = field(default_factory=list)
+    masker_configs: Given[Sequence[MaskerConfig]] = field(default_factory=list)
 
 
 class ResearchAttention:
@@ -36,7 +36,7 @@ class ResearchAttention:
         self.maskers = tuple(maskers)
 
     @classmethod
-    def create_from_config(cls, config: ResearchAttentionConfig) -> "ResearchAttention":
+    def create_from_config(cls, config: Any) -> "ResearchAttention":
         """The maskers of a configuration; TypeError if it is of another type, ValueError for what is wrong in it."""
         if not isinstance(config, ResearchAttentionConfig):
             raise TypeError(f"config is a {type(config).__name__}; valid: a ResearchAttentionConfig")
@@ -54,8 +54,8 @@ class ResearchAttention:
         keys: Tensor,
         values: Tensor,
         attention_mask: Tensor | None,
-        scaling: float,
-        dropout: float,
+        scaling: Number,
+        dropout: Number,
         sparse_meta_data: dict[Any, Any] | None,
         **kwargs: Any,
     ) -> Mask:
@@ -86,8 +86,8 @@ class ResearchAttention:
         keys: Tensor,
         values: Tensor,
         attention_mask: Tensor | None,
-        scaling: float,
-        dropout: float,
+        scaling: Number,
+        dropout: Number,
         sparse_meta_data: dict[Any, Any] | None,
         **kwargs: Any,
     ) -> tuple[Tensor, Tensor]:
@@ -105,7 +105,7 @@ class ResearchAttention:
         queries: Tensor,
         keys: Tensor,
         attention_mask: Tensor | None,
-        scaling: float,
+        scaling: Number,
         sparse_meta_data: dict[Any, Any] | None,
         **kwargs: Any,
     ) -> Selection:
@@ -134,7 +134,7 @@ class ResearchAttention:
         keys: Tensor,
         values: Tensor,
         attention_mask: Tensor | None,
-        scaling: float,
+        scaling: Number,
         sparse_meta_data: dict[Any, Any] | None,
         **kwargs: Any,
     ) -> Tensor:

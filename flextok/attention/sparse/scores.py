@@ -8,6 +8,8 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from flextok.attention.sparse.config import Number
+
 
 def check_shapes(queries: Tensor, keys: Tensor, values: Tensor | None = None) -> None:
     """ValueError unless these are queries `(B, H, Sq, D)`, keys `(B, Hkv, Sk, D)`, values `(B, Hkv, Sk, Dv)`."""
@@ -40,7 +42,7 @@ def repeat_heads(x: Tensor, num_heads: int) -> Tensor:
     return x if x.shape[1] == num_heads else x.repeat_interleave(num_heads // x.shape[1], dim=1)
 
 
-def logits(queries: Tensor, keys: Tensor, scaling: float, attention_mask: Tensor | None) -> Float[Tensor, "B H Sq Sk"]:
+def logits(queries: Tensor, keys: Tensor, scaling: Number, attention_mask: Tensor | None) -> Float[Tensor, "B H Sq Sk"]:
     """`scaling * q . k`, plus an additive attention mask."""
     check_shapes(queries, keys)
     dtype = work_dtype(queries.dtype)

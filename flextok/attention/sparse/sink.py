@@ -2,7 +2,13 @@
 
 from dataclasses import dataclass
 
-from flextok.attention.sparse.config import FixedMaskerConfig, Size, checked_size, num_keys_of
+from flextok.attention.sparse.config import (
+    FixedMaskerConfig,
+    Given,
+    Size,
+    checked_size,
+    num_keys_of,
+)
 from flextok.attention.sparse.geometric import GeometricMasker, KeyRange
 from flextok.attention.sparse.registry import MaskerRegistry
 
@@ -11,7 +17,7 @@ from flextok.attention.sparse.registry import MaskerRegistry
 class SinkMaskerConfig(FixedMaskerConfig):
     """The first `sink_size` keys."""
 
-    sink_size: Size
+    sink_size: Given[Size]
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -7,7 +7,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from flextok.attention.sparse.config import TopPMaskerConfig
+from flextok.attention.sparse.config import Number, TopPMaskerConfig
 from flextok.attention.sparse.mask import Mask
 from flextok.attention.sparse.masker import FixedMasker, candidates, full_like, with_chosen
 from flextok.attention.sparse.scores import check_shapes
@@ -24,7 +24,7 @@ class TopPMasker(FixedMasker):
         queries: Tensor,
         keys: Tensor,
         attention_mask: Tensor | None,
-        scaling: float,
+        scaling: Number,
         sparse_meta_data: dict[Any, Any] | None,
         **kwargs: Any,
     ) -> Tensor:
@@ -37,8 +37,8 @@ class TopPMasker(FixedMasker):
         queries: Tensor,
         values: Tensor,
         attention_mask: Tensor | None,
-        scaling: float,
-        dropout: float,
+        scaling: Number,
+        dropout: Number,
         sparse_meta_data: dict[Any, Any] | None,
         previous_mask: Mask,
         **kwargs: Any,

@@ -155,7 +155,7 @@ def test_applying_a_mask(mode):
         (lambda: dense(VALUES).merge_mask(dense(VALUES[0])), "other has shape"),
         (lambda: dense(VALUES).merge_mask(dense(VALUES), mode="fast"), "mode='fast'"),
         (lambda: dense(VALUES).apply_mask(VALUES[0]), "x has shape"),
-        (lambda: dense(VALUES).apply_inv_mask(VALUES, mode=None), "mode=None"),
+        (lambda: dense(VALUES).apply_inv_mask(VALUES, mode="rows"), "mode='rows'"),
     ],
 )
 def test_what_is_no_mask_is_refused(make, message):
