@@ -47,14 +47,14 @@ class SparseAttention:
         for name, minimum in (("dense_first_steps", 0), ("dense_last_steps", 0), ("masks_every", 1)):
             if type(values[name]) is not int or values[name] < minimum:
                 raise ValueError(f"attention.{name}={values[name]!r}: valid is a whole number of at least {minimum}")
-        _check_maskers("attention.maskers", values["maskers"])
-        backend = values.get("backend", "auto")
+        backend = values["backend"]
         if backend == "varlen":
             raise ValueError("attention.backend='varlen' takes no mask; valid with sparse attention: auto, reference")
+        _check_maskers("attention.maskers", values["maskers"], backend)
         return cls(
             maskers=values["maskers"],
             part=values["part"],
-            layers=_checked_layers(values["layers"]),
+            layers=_checked_layers(values["layers"], backend),
             **{name: values[name] for name in ("dense_first_steps", "dense_last_steps", "masks_every")},
         )
 
@@ -142,21 +142,24 @@ def set_sparse_attention(model: Any, settings: SparseAttention | None) -> None:
             trunk.sparsity = TrunkSparsity(trunk, settings) if chosen and settings is not None else None
 
 
-def _check_maskers(field: str, maskers: Any) -> None:
+def _check_maskers(field: str, maskers: Any, backend: str) -> None:
     """ValueError for a list that cannot be built, or that would take the keys of one step for those of another."""
     try:
-        configs = build_config(maskers).masker_configs
-        ResearchAttention.create_from_config(build_config(maskers))
+        made = LayerMaskers(0, build_config(maskers).masker_configs)
     except ValueError as error:
-        raise ValueError(f"{field}: {error}") from error
-    for place, config in enumerate(configs):
+        raise ValueError(str(error).replace("masker_configs", field)) from error
+    for place, config in enumerate(made.configs):
         if getattr(config, "cache_keys", False):
             raise ValueError(
                 f"{field}[{place}].cache_keys=True: keys of another step are other keys, not more of them; valid: false"
             )
+    if not made.is_geometric and backend not in ("auto", "reference"):
+        raise ValueError(
+            f"attention.backend={backend!r} cannot choose keys by content, as {field} does; valid: auto, reference"
+        )
 
 
-def _checked_layers(layers: Any) -> Sequence[int] | dict[int, Maskers | None] | None:
+def _checked_layers(layers: Any, backend: str) -> Sequence[int] | dict[int, Maskers | None] | None:
     valid = "null (all), numbers of layers such as [0,1], or a mapping from them to lists of maskers"
     if layers is None:
         return None
@@ -169,7 +172,7 @@ def _checked_layers(layers: Any) -> Sequence[int] | dict[int, Maskers | None] | 
         return numbers
     for layer, maskers in layers.items():
         if maskers is not None:
-            _check_maskers(f"attention.layers.{layer}", maskers)
+            _check_maskers(f"attention.layers.{layer}", maskers, backend)
     return dict(zip(numbers, layers.values(), strict=True))
 
 
