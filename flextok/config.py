@@ -27,11 +27,12 @@ CONFIG_FOLDER = Path(__file__).resolve().parent.parent / "configs"
 def register_resolvers() -> None:
     """Teach OmegaConf the small arithmetic of our configs.
 
-    `${mul:a,b,...}`, `${floordiv:a,b}`, `${len:list}`, and `${share:n,x}`, that share of n, at least 1.
+    `${mul:a,b,...}`, `${floordiv:a,b}`, `${len:list}`, `${float:x}`, and `${share:n,x}`, that share of n, at least 1.
     """
     OmegaConf.register_new_resolver("mul", _mul, replace=True)
     OmegaConf.register_new_resolver("floordiv", _floordiv, replace=True)
     OmegaConf.register_new_resolver("len", len, replace=True)
+    OmegaConf.register_new_resolver("float", float, replace=True)
     OmegaConf.register_new_resolver("share", _share, replace=True)
 
 

@@ -86,6 +86,8 @@ def over_density(results: Rows) -> "Figure":
             label = f"dense, {setting}" if len(dense) > 1 else "dense"
             axes.axhline(row[name], linestyle=":", linewidth=1, color=BOUND, label=label)
         axes.set_xscale("log")
+        axes.set_xticks([0.05, 0.1, 0.25, 0.5, 1], ["0.05", "0.1", "0.25", "0.5", "1"], fontsize=8)
+        axes.set_xticks([], minor=True)
         axes.set_xlabel("density: share of pairs read")
         axes.set_ylabel({**TITLES, "seconds_per_image": "seconds per image"}.get(name, name))
     all_axes[len(metrics)].set_yscale("log")

@@ -50,7 +50,7 @@ def sparse_sweep(attention: DictConfig, names: Any, budgets: Any) -> SparseSweep
     for name in dict.fromkeys(names):
         node = _node_of(attention, name)
         written[name] = OmegaConf.to_container(node, resolve=False)
-        lists[name] = {float(budget): _at_budget(node, budget) for budget in sorted(set(budgets))}
+        lists[name] = {budget: _at_budget(node, budget) for budget in sorted({float(budget) for budget in budgets})}
     return SparseSweep(lists, written)
 
 

@@ -183,9 +183,10 @@ class MinRFPipeline:
             guidance_interval=guidance_interval,
             guidance_every=guidance_every,
         )
-        x = self._start(data_dict, vae_image_sizes, data_dict.get(RNG_KEY) if generator is None else generator)
+        generator = data_dict.get(RNG_KEY) if generator is None else generator
+        x = self._start(data_dict, vae_image_sizes, generator)
         batch = sum(samples.shape[0] for samples in x)
-        trajectory = Trajectory(num_steps)
+        trajectory = Trajectory(num_steps, generator)
         velocity = self._velocity(
             data_dict,
             batch,

@@ -15,7 +15,7 @@ from flextok.attention.engine import AttentionRequest, BackendChoice
 from flextok.attention.plan import AttentionPlan
 from flextok.attention.sparse import HashAttentionTopKMasker, ResearchAttention, build_config
 from flextok.attention.sparse_plan import LayerMaskers, counted_dense, plan_sparse
-from flextok.model.data_dict import RNG_KEY, DataDict
+from flextok.model.data_dict import RNG_KEY, DataDict, Generators
 from flextok.model.draw import generator_per_sample, one_generator
 from flextok.model.trajectory import TRAJECTORY_KEY, Trajectory
 from flextok.model.trunks.transformers import trunks_of
@@ -47,7 +47,9 @@ class SparseAttention:
         for name, minimum in (("dense_first_steps", 0), ("dense_last_steps", 0), ("masks_every", 1)):
             if type(values[name]) is not int or values[name] < minimum:
                 raise ValueError(f"attention.{name}={values[name]!r}: valid is a whole number of at least {minimum}")
-        backend = values["backend"]
+        budget, backend = values["budget"], values["backend"]
+        if type(budget) not in (int, float) or not 0 < budget <= 1:
+            raise ValueError(f"attention.budget={budget!r}: valid is a number above 0 and up to 1")
         if backend == "varlen":
             raise ValueError("attention.backend='varlen' takes no mask; valid with sparse attention: auto, reference")
         _check_maskers("attention.maskers", values["maskers"], backend)
@@ -97,7 +99,8 @@ class TrunkSparsity:
         if not self._acts_in(trajectory):
             counted = counted_dense(dense)
             return lambda layer: counted
-        seeds = self._seeds(data_dict, len(layout.lengths)) if self._draws else None
+        generator = data_dict.get(RNG_KEY) if trajectory is None else trajectory.generator
+        seeds = self._seeds(generator, len(layout.lengths)) if self._draws else None
         store = self._store(trajectory)
 
         def plan_of(layer: int) -> AttentionPlan:
@@ -121,12 +124,14 @@ class TrunkSparsity:
         return store
 
     @staticmethod
-    def _seeds(data_dict: DataDict, batch: int) -> list[int]:
+    def _seeds(given: Generators, batch: int) -> list[int]:
         """One per sample, drawn in their order, so that it does not matter with which others a sample is computed."""
-        generators = generator_per_sample(data_dict.get(RNG_KEY), batch)
+        if isinstance(given, Sequence) and len(given) < batch:
+            given = [*given] * (batch // len(given))  # Guidance runs both of its branches as one batch.
+        sources = map(one_generator, generator_per_sample(given, batch))
         return [
-            int(torch.randint(2**31, (), generator=source, device=source.device if source is not None else None))
-            for source in map(one_generator, generators)
+            int(torch.randint(2**31, (), generator=source, device=None if source is None else source.device))
+            for source in sources
         ]
 
 
