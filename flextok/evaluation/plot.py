@@ -180,9 +180,9 @@ def panels(count: int) -> "tuple[Figure, list[Axes]]":
 
 
 def _curve(
-    axes: "Axes", index: int, keep_ks: Sequence[int], values: Sequence[float], errors: Sequence[Any], label: str
+    axes: "Axes", index: int, places: Sequence[int | float], values: Sequence[float], errors: Sequence[Any], label: str
 ) -> None:
-    axes.errorbar(keep_ks, values, yerr=errors, marker="o", markersize=4, capsize=2, **_style(index), label=label)
+    axes.errorbar(places, values, yerr=errors, marker="o", markersize=4, capsize=2, **_style(index), label=label)
 
 
 def _over_tokens(axes: "Axes", curves: Curves, title: str) -> None:
