@@ -39,8 +39,8 @@ TABLE_COLUMNS = {
     "mse": ("MSE", "{:.5f}"),
     "seconds_per_image": ("s/image", "{:.4f}"),
 }
-# Columns that say which curve a row is of, and what only sparse attention has; shown where there are several values.
-SOMETIMES = (*Curve._fields, "density")
+# Columns that say which curve a row is of; shown where there are several.
+AXES = Curve._fields
 # Metrics that not every evaluation has.
 MORE_COLUMNS = {"ms_ssim": "{:.4f}", "fid_": "{:.3f}", "kid_": "{:.5f}"}
 
