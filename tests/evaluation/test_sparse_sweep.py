@@ -68,7 +68,7 @@ def test_batches_do_not_change_the_numbers_and_points_are_kept(model, tmp_path, 
     for point, row in by_point(whole).items():
         for name in ("psnr", "ssim", "density"):
             assert by_point(single)[point][name] == pytest.approx(row[name], abs=1e-5)
-    caplog.clear()
+    caplog.set_level("INFO")
     more, _ = evaluate(model, tmp_path / "whole", lists, "evaluation.batch_size=4", "evaluation.budgets=[0.1,0.2,1]")
     assert "10 of 14 points were measured before" in caplog.text
     assert {point: row for point, row in by_point(more).items() if point[2] != 0.2} == by_point(whole)
