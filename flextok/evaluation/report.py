@@ -178,9 +178,9 @@ def target_line(row: Mapping[str, Any]) -> str:
 
 def table_cells(metrics: Mapping[str, Any]) -> list[list[str]]:
     """The results as text: a header, one line per point, the VAE alone."""
-    columns = {
-        name: column for name, column in TABLE_COLUMNS.items() if name not in SOMETIMES or _varies(metrics, name)
-    }
+    columns = {name: column for name, column in TABLE_COLUMNS.items() if name not in AXES or _varies(metrics, name)}
+    if not any("density" in result for result in metrics["results"]):
+        del columns["density"]
     columns |= _more_columns(metrics)
     lines = [[title for title, _ in columns.values()]]
     for result in [*metrics["results"], {"keep_k": "VAE", **metrics["vae"]}]:
