@@ -25,10 +25,15 @@ CONFIG_FOLDER = Path(__file__).resolve().parent.parent / "configs"
 
 
 def register_resolvers() -> None:
-    """Teach OmegaConf the small arithmetic our configs use: `${mul:a,b,...}`, `${floordiv:a,b}`, `${len:list}`."""
+    """Teach OmegaConf the small arithmetic of our configs.
+
+    `${mul:a,b,...}`, `${floordiv:a,b}`, `${len:list}`, `${float:x}`, and `${share:n,x}`, that share of n, at least 1.
+    """
     OmegaConf.register_new_resolver("mul", _mul, replace=True)
     OmegaConf.register_new_resolver("floordiv", _floordiv, replace=True)
     OmegaConf.register_new_resolver("len", len, replace=True)
+    OmegaConf.register_new_resolver("float", float, replace=True)
+    OmegaConf.register_new_resolver("share", _share, replace=True)
 
 
 def compose(overrides: Sequence[str] = (), config_name: str = "train") -> DictConfig:
@@ -106,3 +111,8 @@ def _floordiv(numerator: int, denominator: int) -> int:
     if denominator == 0 or numerator % denominator:
         raise ValueError(f"${{floordiv:{numerator},{denominator}}}: {numerator} is not a multiple of {denominator}")
     return numerator // denominator
+
+
+def _share(number: int, share: float) -> int:
+    """A share of so many, at least one of them."""
+    return max(1, int(number * share))

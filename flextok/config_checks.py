@@ -24,6 +24,7 @@ MANDATORY = {
     "size.decoder_depth": "an integer of at least 1 (model=flextok leaves it open)",
     "data.root": "a folder with images",
     "data.path": "a folder or URL of LitData chunks (data=streaming), a folder or the name of a Hugging Face data set",
+    "attention.hash.file": "a .safetensors file with the weights of HashAttention for the trunk that attends",
     "latent.path": "the local folder of a diffusers AutoencoderKL, or its name on the hub (owner/name)",
 }
 COUNTS = (
@@ -107,6 +108,16 @@ def _check_attention(cfg: DictConfig) -> None:
     backend = setting(cfg, "attention.backend")
     if backend is not None and backend not in ATTENTION_BACKENDS:
         refuse("attention.backend", backend, ", ".join(ATTENTION_BACKENDS))
+    if "maskers" not in (OmegaConf.select(cfg, "attention") or {}):
+        return
+    if "trainer" in cfg:
+        raise ValueError(
+            "attention=sparse is for evaluation: what maskers select has no gradient, so a model would learn under a "
+            "choice that it cannot change; valid here: attention=auto, sdpa, varlen, flex or reference"
+        )
+    from flextok.model.sparse_attention import SparseAttention
+
+    SparseAttention.from_mapping(OmegaConf.to_container(cfg.attention, resolve=True))  # type: ignore[arg-type]
 
 
 def _check_named_nodes(cfg: DictConfig) -> None:

@@ -17,12 +17,15 @@ FILES = sorted(path.relative_to(CONFIG_FOLDER) for path in CONFIG_FOLDER.rglob("
 OPTIONS = [path for path in FILES if path.parent != Path()]
 # What only the user knows, and what Hydra fills in.
 UNKNOWN = {"latent.path": "models/vae", "data.root": "images", "checkpoint": "runs/x", "paths.run": "runs/x"} | {
-    "fusion.data.path": "items.jsonl"
+    "fusion.data.path": "items.jsonl",
+    "attention.hash.file": "hash.safetensors",
 }
 # Groups of Hydra's own: every program has them.
 HYDRA_GROUPS = {"hydra/launcher"}
 # Without which an option does not fit the defaults of its program.
 NEEDED = {"vae/kl.yaml": ["data.image_size=32"]}
+# Groups that an option of another one chooses from.
+NESTED = {"attention/sparse": "attention=sparse"}
 
 
 def groups_of(program: str) -> set[str]:
@@ -49,10 +52,12 @@ def test_programs_compose_by_themselves(program):
 @pytest.mark.parametrize("path", OPTIONS, ids=str)
 def test_every_option_composes_into_a_program(path):
     group, option = str(path.parent), path.stem
-    programs = [program for program in PROGRAMS if group in groups_of(program)]
+    chooser = NESTED.get(group, f"{group}=").partition("=")[0]
+    programs = [program for program in PROGRAMS if chooser in groups_of(program)]
     assert programs, f"no program chooses from configs/{group}"
     for program in programs:
-        cfg = compose([f"{group}={option}", *NEEDED.get(path.as_posix(), [])], program)
+        nested = [NESTED[group]] if group in NESTED else []
+        cfg = compose([*nested, f"{group}={option}", *NEEDED.get(path.as_posix(), [])], program)
         text = OmegaConf.to_yaml(cfg)
         if "???" in text and option == "flextok":
             continue  # The sizes are left to the files that build on it.

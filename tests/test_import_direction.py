@@ -32,7 +32,17 @@ ALLOWED = {
     "embedded": set(),
     "reconstruct": {"seeding", *LIBRARY},
     "pictures": {"data", "utils"},
-    "evaluation": {"data", "embedded", "pictures", "provenance", "reconstruct", "seeding", "training", *LIBRARY},
+    "evaluation": {
+        "config",
+        "data",
+        "embedded",
+        "pictures",
+        "provenance",
+        "reconstruct",
+        "seeding",
+        "training",
+        *LIBRARY,
+    },
     "demo": {"data", "evaluation", "reconstruct", *LIBRARY},
     "generation": {"data", "seeding", *LIBRARY},
 }

@@ -46,6 +46,13 @@ def record_backends() -> Iterator[list[str]]:
         _record.reset(token)
 
 
+def note_backend(name: str) -> None:
+    """Tell `record_backends` who answers."""
+    names = _record.get()
+    if names is not None:
+        names.append(name)
+
+
 def attend(
     q: Tensor,
     k: Tensor,
@@ -101,9 +108,7 @@ def plan_attention(request: AttentionRequest, backend: BackendChoice = "auto") -
     if isinstance(mask, SequenceLayout) and not request.num_queries == request.num_keys == mask.row_length:
         raise ValueError(f"the mask describes {mask.row_length} tokens, the sequence has {request.num_queries}")
     chosen = _choose(request) if backend == "auto" else _checked(request, backend)
-    names = _record.get()
-    if names is not None:
-        names.append(chosen)
+    note_backend(chosen)
     if isinstance(mask, SequenceLayout) and request.score_mod is None:
         key = f"plan {chosen} {request.dtype}"
         return mask.derive(key, request.device, lambda _: _plan(request, chosen))

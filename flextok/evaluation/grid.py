@@ -1,4 +1,4 @@
-"""The points of a sweep: every combination of `keep_k`, steps, guidance, form of the mask and attention backend."""
+"""The points of a sweep: each combination of `keep_k`, steps, guidance, form of the mask, backend, sparse attention."""
 
 from collections.abc import Sequence
 from itertools import product
@@ -7,7 +7,9 @@ from typing import Any, NamedTuple
 from torch import nn
 
 from flextok.evaluation.settings import EvaluationSettings
+from flextok.evaluation.sparse_sweep import DENSE, SparseSweep
 from flextok.model.preprocessors.nested_dropout_seq_packer import NestedDropoutSequencePacker
+from flextok.model.sparse_attention import set_sparse_attention
 from flextok.model.trunks.transformers import set_attention_backend
 
 # Those that are called here as in `FlexTok.decode`, and that all points share.
@@ -21,17 +23,21 @@ class Curve(NamedTuple):
     guidance_scale: float
     form: str | None = None
     backend: str | None = None
+    maskers: str | None = None
+    budget: float | None = None
 
     @property
     def label(self) -> str:
         """Such as `25 steps, guidance 3`."""
         guidance = [] if self.guidance_scale == 1.0 else [f"guidance {self.guidance_scale:g}"]
         steps = f"{self.steps} step{'s' if self.steps > 1 else ''}"
-        return ", ".join([steps, *guidance, *(name for name in self[2:] if name is not None)])
+        names = [name for name in (self.form, self.backend) if name is not None]
+        budget = "" if self.maskers in (None, DENSE) else f" {self.budget:g}"
+        return ", ".join([steps, *guidance, *names, *([] if self.maskers is None else [f"{self.maskers}{budget}"])])
 
     @property
     def columns(self) -> dict[str, Any]:
-        """Form and backend only where several are compared."""
+        """Form, backend and maskers only where several are compared."""
         return {name: value for name, value in self._asdict().items() if value is not None}
 
     def passes(self, sampler: str) -> int:
@@ -74,10 +80,15 @@ def tokens_label(keep_k: int) -> str:
 def make_grid(settings: EvaluationSettings, keep_ks: Sequence[int]) -> list[Point]:
     """All points, curve after curve, each with ascending `keep_k`."""
     forms, backends = (dict.fromkeys(values or (None,)) for values in (settings.forms, settings.backends))
+    sparse: list[tuple[str | None, float | None]] = [(None, None)]
+    if settings.sparse is not None:
+        lists = settings.sparse.lists
+        sparse = [(DENSE, 1.0), *((name, budget) for name, budgets in lists.items() for budget in budgets)]
     axes = (forms, backends, settings.steps, settings.guidance_scale)
     return [
-        Point(keep_k, Curve(steps, guidance_scale, form, backend))
+        Point(keep_k, Curve(steps, guidance_scale, form, backend, maskers, budget))
         for form, backend, steps, guidance_scale in product(*axes)
+        for maskers, budget in sparse
         for keep_k in keep_ks
     ]
 
@@ -97,14 +108,17 @@ def check_forms(model: nn.Module, settings: EvaluationSettings) -> None:
         )
 
 
-def prepare(model: nn.Module, curve: Curve) -> None:
-    """Let the model decode in the form and with the backend of a curve, where it names one."""
+def prepare(model: nn.Module, curve: Curve, sparse: SparseSweep | None) -> None:
+    """Let the model decode in the form, with the backend and with the maskers of a curve, where it names them."""
     if curve.form is not None:
         for packer in _packers(model):
             # Evaluation leaves hidden tokens out by itself; both together decide.
             packer.drop_masked = packer.shortens_rows = curve.form == "packed"
     if curve.backend is not None:
         set_attention_backend(model, curve.backend)  # type: ignore[arg-type]  # The settings have checked it.
+    if curve.maskers is not None and sparse is not None:
+        is_dense = curve.maskers == DENSE or curve.budget is None
+        set_sparse_attention(model, None if is_dense else sparse.lists[curve.maskers][curve.budget])  # type: ignore[index]
 
 
 def _packers(model: nn.Module) -> list[NestedDropoutSequencePacker]:

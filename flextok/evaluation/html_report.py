@@ -29,12 +29,16 @@ def write_html(
     sections = [
         html.section("Results", html.table(cells[0], cells[1:]), _missing(metrics)),
         _rate_distortion(metrics),
+        *_sparse(metrics["results"]),
         *([_targets(sweep, metrics)] if metrics["targets"] else []),
         _tokens(metrics["tokens"]),
         html.section(
             "Throughput",
             html.paragraph("Images per second that one process decodes, the VAE included."),
-            html.chart(plot.throughput(plot.curves_of(metrics["results"])), "images per second over tokens"),
+            html.chart(
+                plot.throughput(plot.curves_of(plot.without_budgets(metrics["results"]))),
+                "images per second over tokens",
+            ),
         ),
         html.section(
             "Reconstructions", f'<div class="scroll">{html.picture(_png(grid), html.PNG, "reconstructions")}</div>'
@@ -56,9 +60,18 @@ def _missing(metrics: Mapping[str, Any]) -> str:
 def _rate_distortion(metrics: Mapping[str, Any]) -> str:
     results, vae = metrics["results"], metrics["vae"]
     known = plot.known_metrics([*results, vae])
-    figure = plot.rate_distortion(plot.curves_of(results), vae, known)
+    figure = plot.rate_distortion(plot.curves_of(plot.without_budgets(results)), vae, known)
     note = "Bars are standard errors; dotted is what the VAE alone loses."
     return html.section("Rate and distortion", html.paragraph(note), html.chart(figure, "metrics over tokens"))
+
+
+def _sparse(results: Sequence[Mapping[str, Any]]) -> list[str]:
+    if len(plot.without_budgets(results)) == len(results):
+        return []
+    note = (
+        "Maskers at several budgets, over the share of pairs of query and key that the decoder's self-attention reads."
+    )
+    return [html.section("Sparse attention", html.paragraph(note), html.chart(plot.over_density(results), "density"))]
 
 
 _ABOUT_TARGETS = (

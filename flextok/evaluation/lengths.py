@@ -72,7 +72,7 @@ def measure_lengths(
     tell: Callable[[int], None],
 ) -> PointNumbers:
     """Per image `tokens`, NaN where all of them are not enough, and `pixels`; call it on every rank."""
-    prepare(model, search.curve)
+    prepare(model, search.curve, settings.sparse)
     options = decode_options(settings, search.curve)
     tokens: list[float] = []
     pixels: list[float] = []

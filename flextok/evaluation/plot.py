@@ -34,7 +34,7 @@ def curve_label(row: Mapping[str, Any]) -> str:
     """Which curve a row of the results is of."""
     from flextok.evaluation.grid import Curve
 
-    return Curve(row["steps"], row["guidance_scale"], row.get("form"), row.get("backend")).label
+    return Curve(**{name: row.get(name) for name in Curve._fields}).label  # type: ignore[arg-type]
 
 
 def known_metrics(results: Iterable[Mapping[str, Any]]) -> list[str]:
@@ -60,6 +60,44 @@ def rate_distortion(curves: Curves, vae: Mapping[str, Any] | None, metrics: Sequ
         _over_tokens(axes, curves, TITLES.get(name, name))
     _legend(all_axes[0])
     return figure
+
+
+def without_budgets(results: Rows) -> list[Mapping[str, Any]]:
+    """The rows that are not of a list of maskers in a sweep."""
+    return [row for row in results if row.get("maskers") in (None, "dense")]
+
+
+def over_density(results: Rows) -> "Figure":
+    """A panel per metric and one for the time, over the share of pairs that attention reads; dotted is dense."""
+    metrics = [name for name in known_metrics(results) if name not in ("mae", "mse") and not name.startswith("kid_")]
+    dense = {_setting(row): row for row in without_budgets(results)}
+    lines: dict[str, list[Mapping[str, Any]]] = {}
+    for row in results:
+        if _setting(row) in dense and row["maskers"] != "dense":
+            names = [row["maskers"], *([_setting(row)] if len(dense) > 1 else [])]
+            lines.setdefault(", ".join(names), []).append(row)
+    figure, all_axes = panels(len(metrics) + 1)
+    for axes, name in zip(all_axes, [*metrics, "seconds_per_image"], strict=False):
+        for index, (label, rows) in enumerate(lines.items()):
+            rows = sorted(rows, key=lambda row: row["density"])
+            errors = [row.get(f"{name}_se") or 0.0 for row in rows]
+            _curve(axes, index, [row["density"] for row in rows], [row[name] for row in rows], errors, label)
+        for setting, row in dense.items():
+            label = f"dense, {setting}" if len(dense) > 1 else "dense"
+            axes.axhline(row[name], linestyle=":", linewidth=1, color=BOUND, label=label)
+        axes.set_xscale("log")
+        axes.set_xticks([0.05, 0.1, 0.25, 0.5, 1], ["0.05", "0.1", "0.25", "0.5", "1"], fontsize=8)
+        axes.set_xticks([], minor=True)
+        axes.set_xlabel("density: share of pairs read")
+        axes.set_ylabel({**TITLES, "seconds_per_image": "seconds per image"}.get(name, name))
+    all_axes[len(metrics)].set_yscale("log")
+    _legend(all_axes[0])
+    return figure
+
+
+def _setting(row: Mapping[str, Any]) -> str:
+    """Which point a row is of, but for maskers."""
+    return f"{row['keep_k']} tokens, {curve_label({**row, 'maskers': None})}"
 
 
 def differences(rows: Rows) -> "Figure":
@@ -142,9 +180,9 @@ def panels(count: int) -> "tuple[Figure, list[Axes]]":
 
 
 def _curve(
-    axes: "Axes", index: int, keep_ks: Sequence[int], values: Sequence[float], errors: Sequence[Any], label: str
+    axes: "Axes", index: int, places: Sequence[int | float], values: Sequence[float], errors: Sequence[Any], label: str
 ) -> None:
-    axes.errorbar(keep_ks, values, yerr=errors, marker="o", markersize=4, capsize=2, **_style(index), label=label)
+    axes.errorbar(places, values, yerr=errors, marker="o", markersize=4, capsize=2, **_style(index), label=label)
 
 
 def _over_tokens(axes: "Axes", curves: Curves, title: str) -> None:

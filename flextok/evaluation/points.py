@@ -33,7 +33,7 @@ _METADATA = b"flextok"
 # Of the protocol: what points differ in, and what says where something is, which does not decide a number. Of the code
 # there is a sum, which changes with every file of it, committed or not.
 _NOT_IDENTITY = (
-    *("keep_ks", "steps", "guidance_scale", "forms", "backends", "targets"),
+    *("keep_ks", "steps", "guidance_scale", "forms", "backends", "budgets", "targets"),
     *("checkpoint", "weights_file", "num_images_requested", "import_references", "git_revision", "metrics"),
 )
 _NOT_IDENTITY_OF_DATA = ("num_workers", "batch_size", "eval_batch_size")

@@ -29,6 +29,7 @@ def build_protocol(
     model: nn.Module,
     device: torch.device,
     attention_backend: str,
+    attention: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
     """The `protocol` of `metrics.json`, known before any point is measured."""
     return {
@@ -49,6 +50,8 @@ def build_protocol(
         "guidance_every": settings.guidance_every,
         "forms": None if settings.forms is None else list(settings.forms),
         "backends": None if settings.backends is None else list(settings.backends),
+        "sparse": None if settings.sparse is None else settings.sparse.written,
+        "budgets": None if settings.sparse is None else list(settings.budgets),
         "targets": None if settings.targets is None else [str(target) for target in settings.targets],
         "weights": weights,
         "seed": settings.seed,
@@ -67,6 +70,7 @@ def build_protocol(
         "device": device_name(device),
         "dtype": str(next(model.parameters()).dtype).removeprefix("torch."),
         "attention_backend": attention_backend,
+        "sparse_attention": attention,
         "metrics": metric_definitions(encoded.image_sizes),
     }
 
@@ -96,6 +100,7 @@ def metric_definitions(image_sizes: list[list[int]]) -> dict[str, Any]:
         "ms_ssim_window": "11, sigma 1.5; borders left out, at the last scale reflected; negative parts count as zero",
         "fid": "Fréchet distance of features to those of the same images as they were read; float64, squared",
         "kid": "kernel (x·y / D + 1)^3, unbiased, mean over disjoint subsets; _se is the standard error of that mean",
+        "density": "pairs of query and key that self-attention of the sparse part reads, of those allowed; all layers",
         "targets": "fewest tokens that meet it, by bisection from 1 to all of them for each image; null if all fail",
         "targets_of_features": "1 - cosine of the features of image and reconstruction, in float64",
         "seconds_per_image": "decoding with the VAE, on one process; without its first batch where there are several",

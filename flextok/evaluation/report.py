@@ -4,7 +4,7 @@ import csv
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from torch import Tensor
@@ -12,12 +12,15 @@ from torch import Tensor
 from flextok.evaluation.grid import Curve, tokens_label
 from flextok.evaluation.html_report import write_html
 from flextok.evaluation.pictures import as_floats
-from flextok.evaluation.plot import curve_label, curves_of, rate_distortion
+from flextok.evaluation.plot import curve_label, curves_of, over_density, rate_distortion, without_budgets
 from flextok.evaluation.points import text as key_text
 from flextok.evaluation.reconstruction import PSNR_CAP
 from flextok.evaluation.sweep import SweepResult
 from flextok.pictures import image_grid, save_image
 from flextok.utils.checkpoint import atomic_path
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 TABLE_COLUMNS = {
     "keep_k": ("keep_k", "{:d}"),
@@ -25,6 +28,9 @@ TABLE_COLUMNS = {
     "guidance_scale": ("guidance", "{:g}"),
     "form": ("form", "{}"),
     "backend": ("backend", "{}"),
+    "maskers": ("maskers", "{}"),
+    "budget": ("budget", "{:g}"),
+    "density": ("density", "{:.3f}"),
     "bits_per_image": ("bits", "{:.1f}"),
     "psnr": ("PSNR dB", "{:.2f}"),
     "psnr_se": ("± se", "{:.2f}"),
@@ -54,9 +60,10 @@ def write_report(sweep: SweepResult, protocol: Mapping[str, Any], folder: Path) 
     write_csv(sweep.results, folder / "metrics.csv")
     write_parquet(sweep, folder / "results.parquet")
     write_lengths(sweep, folder / "lengths.parquet")
-    figure = rate_distortion(curves_of(sweep.results), sweep.encoded.vae, ("psnr", "ssim"))
-    with atomic_path(folder / "rate_distortion.png") as temporary:
-        figure.savefig(temporary, dpi=150, format="png")
+    figure = rate_distortion(curves_of(without_budgets(sweep.results)), sweep.encoded.vae, ("psnr", "ssim"))
+    _save_figure(figure, folder / "rate_distortion.png")
+    if len(without_budgets(sweep.results)) < len(sweep.results):
+        _save_figure(over_density(sweep.results), folder / "sparse.png")
     grid = image_grid(grid_rows(sweep))
     save_image(grid, folder / "grid.png")
     write_html(sweep, metrics, table_cells(metrics), grid, folder / "report.html")
@@ -64,6 +71,11 @@ def write_report(sweep: SweepResult, protocol: Mapping[str, Any], folder: Path) 
         # NaN and infinity are no JSON; better to fail here than in the reader.
         temporary.write_text(json.dumps(metrics, indent=2, allow_nan=False) + "\n", encoding="utf-8")
     return metrics
+
+
+def _save_figure(figure: "Figure", path: Path) -> None:
+    with atomic_path(path) as temporary:
+        figure.savefig(temporary, dpi=150, format="png")
 
 
 def write_csv(results: Sequence[Mapping[str, Any]], path: Path) -> None:
@@ -167,6 +179,8 @@ def target_line(row: Mapping[str, Any]) -> str:
 def table_cells(metrics: Mapping[str, Any]) -> list[list[str]]:
     """The results as text: a header, one line per point, the VAE alone."""
     columns = {name: column for name, column in TABLE_COLUMNS.items() if name not in AXES or _varies(metrics, name)}
+    if not any("density" in result for result in metrics["results"]):
+        del columns["density"]
     columns |= _more_columns(metrics)
     lines = [[title for title, _ in columns.values()]]
     for result in [*metrics["results"], {"keep_k": "VAE", **metrics["vae"]}]:

@@ -21,7 +21,9 @@ from flextok.evaluation.protocol import build_protocol
 from flextok.evaluation.report import write_report
 from flextok.evaluation.settings import EvaluationSettings, resolve_keep_ks
 from flextok.evaluation.source import ModelSource, find_source
+from flextok.evaluation.sparse_sweep import attention_choices, attention_protocol, sparse_sweep
 from flextok.evaluation.sweep import run_points
+from flextok.model.sparse_attention import set_sparse_attention
 from flextok.model.trunks.transformers import set_attention_backend
 
 if TYPE_CHECKING:
@@ -35,7 +37,10 @@ def run(config: DictConfig) -> tuple[dict[str, Any], Path]:
 
     Processes that `torchrun` started share the work, and all of them get the result.
     """
-    settings = EvaluationSettings.from_mapping(_plain(config.evaluation))
+    options = _plain(config.evaluation)
+    # The names of lists become the lists: everything that is wrong with one is known before a model or data is read.
+    options["sparse"] = sparse_sweep(config.attention, options.get("sparse"), options.get("budgets"))
+    settings = EvaluationSettings.from_mapping(options)
     with joined_processes(pick_device(settings.device, field="evaluation.device")) as device:
         return _run(config, settings, device)
 
@@ -52,9 +57,12 @@ def _run(config: DictConfig, settings: EvaluationSettings, device: torch.device)
     model, weights = source.load(weights=settings.weights)
     keep_ks = resolve_keep_ks(settings.keep_ks, model.num_registers)
     check_forms(model, settings)
+    set_attention_backend(model, config.attention.backend)
+    for attention in attention_choices(config.attention, settings.sparse):
+        # All are tried, so that one that does not fit this model is known before data is read; the last one stays.
+        set_sparse_attention(model, attention)
     batches = open_split(data, settings.split)
     judges = build_judges(settings, lambda: batches, device)
-    set_attention_backend(model, config.attention.backend)
     encoded = encode_split(model, batches, settings, device=device, judges=judges)
     protocol = build_protocol(
         encoded=encoded,
@@ -68,6 +76,7 @@ def _run(config: DictConfig, settings: EvaluationSettings, device: torch.device)
         model=model,
         device=device,
         attention_backend=config.attention.backend,
+        attention=attention_protocol(config.attention),
     )
     store = PointStore(folder / "points", fingerprint(protocol, grid_images=settings.grid_images), encoded.keys)
     points = make_grid(settings, keep_ks)

@@ -7,6 +7,7 @@ from typing import Any, Literal, get_args
 
 from flextok.attention.engine import BackendChoice
 from flextok.evaluation.reconstruction import METRICS
+from flextok.evaluation.sparse_sweep import SparseSweep
 from flextok.evaluation.targets import Target
 from flextok.flow_matching.sampling import check_sampling
 from flextok.model.keep_k import default_keep_ks
@@ -15,7 +16,8 @@ SPLITS = ("test", "val")
 WEIGHTS = ("ema", "raw")
 # Names of columns that no network may take; every metric has `<name>_se` beside it.
 OTHER_COLUMNS = (
-    *("keep_k", "steps", "guidance_scale", "form", "backend", "key", "image_sha256"),
+    *("keep_k", "steps", "guidance_scale", "form", "backend", "maskers", "budget", "density"),
+    *("key", "image_sha256"),
     *("bits_per_image", "seconds_per_image", "psnr_of_mean_mse", "missing"),
 )
 FORMS = ("attention_mask", "packed")
@@ -41,6 +43,8 @@ class EvaluationSettings:
     grid_images: int
     forms: tuple[str, ...] | None
     backends: tuple[str, ...] | None
+    sparse: SparseSweep | None
+    budgets: Any  # checked by `sparse_sweep`
     targets: tuple[Target, ...] | None
     resume: bool
     device: str
@@ -74,6 +78,8 @@ class EvaluationSettings:
         # Those of `keep_ks` are checked when the model is known.
         for name in ("keep_ks", "forms", "backends"):
             typed[name] = None if values[name] is None else tuple(_listed(values[name]))
+        if values["sparse"] is not None and values["backends"] is not None:
+            raise ValueError("evaluation.backends and evaluation.sparse: compare one of them at a time, null is none")
         typed["targets"] = None if values["targets"] is None else _targets(values)
         return cls(**{**values, **typed})
 

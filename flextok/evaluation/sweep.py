@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from flextok.attention.density import Density, record_density
 from flextok.attention.engine import record_backends
 from flextok.data.samplers import rank_and_world_size
 from flextok.evaluation.encoding import EncodedSplit
@@ -23,6 +24,7 @@ from flextok.evaluation.points import PointNumbers, PointStore
 from flextok.evaluation.processes import joined, of_first_process
 from flextok.evaluation.progress import Progress
 from flextok.evaluation.settings import EvaluationSettings
+from flextok.evaluation.sparse_sweep import DENSE
 from flextok.reconstruct import decode_tokens
 
 logger = logging.getLogger(__name__)
@@ -113,13 +115,13 @@ def _measure(
     judges: Judges,
     tell: Callable[[int], None],
 ) -> tuple[PointNumbers, PointPictures]:
-    prepare(model, point.curve)
+    prepare(model, point.curve, settings.sparse)
     options = decode_options(settings, point.curve)
     metrics, clock = PointMetrics(judges, settings), _Clock(device)
     first, extremes = FirstImages(settings.grid_images), Extremes()
-    with record_backends() as backends:
+    with record_backends() as backends, record_density() as density:
         for number, images, batch in encoded.read_again(batches, device):
-            with clock.measure(len(batch.keys)):
+            with clock.measure(len(batch.keys), density):
                 decoded = decode_tokens(model, batch, keep_k=point.keep_k, seed=settings.seed, **options)
             metrics.add(images, decoded, batch.keys)
             first.add(number, decoded)
@@ -127,7 +129,7 @@ def _measure(
             tell(len(batch.keys))
     numbers = PointNumbers(
         per_image={name: encoded.in_order(values) for name, values in metrics.per_image.items()},
-        of_sets=metrics.of_sets(),
+        of_sets=metrics.of_sets() | _density(point, density),
         seconds_per_image=clock.seconds_per_image(),
         attention_backends=sorted(set(joined(set(backends)))),
     )
@@ -143,6 +145,15 @@ def _row(point: Point, numbers: PointNumbers, encoded: EncodedSplit, judges: Jud
     }
 
 
+def _density(point: Point, density: Density) -> dict[str, float | None]:
+    """The share of pairs that self-attention read; nothing where no maskers act. Call it on every rank."""
+    pairs = joined([(density.active, density.allowed)])
+    allowed = sum(allowed for _, allowed in pairs)
+    if point.curve.maskers == DENSE:
+        return {"density": 1.0}
+    return {"density": sum(active for active, _ in pairs) / allowed} if allowed else {}
+
+
 class _Clock:
     """Seconds per image and process; the first batch warms up and counts only where it is the only one."""
 
@@ -151,12 +162,13 @@ class _Clock:
         self._batches: list[tuple[float, int]] = []
 
     @contextmanager
-    def measure(self, num_images: int) -> Iterator[None]:
+    def measure(self, num_images: int, density: Density) -> Iterator[None]:
         self._wait()
-        start = time.perf_counter()
+        start, before = time.perf_counter(), density.seconds
         yield
         self._wait()
-        self._batches.append((time.perf_counter() - start, num_images))
+        # Counting pairs is no part of decoding.
+        self._batches.append((time.perf_counter() - start - (density.seconds - before), num_images))
 
     def seconds_per_image(self) -> float:
         """Of all processes; call it on every rank."""

@@ -21,6 +21,7 @@ from flextok.flow_matching.sampling import (
 from flextok.model.data_dict import NULL_CONDITION_KEY, RNG_KEY, DataDict, Generators
 from flextok.model.draw import draw_normal, generator_per_sample
 from flextok.model.packed_list import PackedList, repeat_batch
+from flextok.model.trajectory import TRAJECTORY_KEY, Trajectory
 
 DEFAULT_NUM_STEPS = 25
 T = TypeVar("T")
@@ -84,7 +85,7 @@ class MinRFPipeline:
         varying = (self.noised_images_read_key, self.timesteps_read_key)
         return RepeatedModel(self.model, inputs, varying=varying, wanted=self.reconst_write_key)
 
-    def _predict(self, model: RepeatedModel, x: Samples, t: float, *, batch: int) -> Samples:
+    def _predict(self, model: RepeatedModel, x: Samples, t: float, trajectory: Trajectory, *, batch: int) -> Samples:
         """The model's velocity; `x` is one tensor for the batch, or one per sample."""
         uniform = x[0].shape[0] == batch
         velocity = model(
@@ -92,8 +93,10 @@ class MinRFPipeline:
                 self.noised_images_read_key: PackedList(x[0]) if uniform else x,
                 # One time in memory: what is computed of it is computed once for the batch.
                 self.timesteps_read_key: torch.full((1,), t, device=x[0].device).expand(batch),
+                TRAJECTORY_KEY: trajectory,
             }
         )[self.reconst_write_key]
+        trajectory.evaluation += 1
         return [PackedList.pack(velocity).tensor] if uniform else list(velocity)
 
     def _velocity(
@@ -101,6 +104,7 @@ class MinRFPipeline:
         data_dict: DataDict,
         batch: int,
         scale: GuidanceScale,
+        trajectory: Trajectory,
         *,
         apg: bool,
         interval: Sequence[float],
@@ -118,13 +122,14 @@ class MinRFPipeline:
             return self._repeated({**doubled, NULL_CONDITION_KEY: flags + [True] * batch})
 
         def conditional(x: Samples, t: float) -> Samples:
-            return self._predict(conditional_model(), x, t, batch=batch)
+            return self._predict(conditional_model(), x, t, trajectory, batch=batch)
 
         def both_branches(x: Samples, t: float) -> tuple[Samples, Samples]:
             if len(x) == batch:
-                samples = self._predict(both_models(), x + x, t, batch=2 * batch)
+                samples = self._predict(both_models(), x + x, t, trajectory, batch=2 * batch)
                 return samples[:batch], samples[batch:]
-            (stacked,) = self._predict(both_models(), [x[0].repeat(2, 1, 1, 1)], t, batch=2 * batch)
+            doubled = [x[0].repeat(2, 1, 1, 1)]
+            (stacked,) = self._predict(both_models(), doubled, t, trajectory, batch=2 * batch)
             return [stacked[:batch]], [stacked[batch:]]
 
         if not callable(scale) and scale == 1.0:
@@ -178,19 +183,22 @@ class MinRFPipeline:
             guidance_interval=guidance_interval,
             guidance_every=guidance_every,
         )
-        x = self._start(data_dict, vae_image_sizes, data_dict.get(RNG_KEY) if generator is None else generator)
+        generator = data_dict.get(RNG_KEY) if generator is None else generator
+        x = self._start(data_dict, vae_image_sizes, generator)
         batch = sum(samples.shape[0] for samples in x)
+        trajectory = Trajectory(num_steps, generator)
         velocity = self._velocity(
             data_dict,
             batch,
             guidance_scale,
+            trajectory,
             apg=perform_norm_guidance,
             interval=guidance_interval,
             every=guidance_every,
         )
         states = SAMPLERS[sampler](velocity, x, time_grid(num_steps, timestep_shift))
         for t, last, x in _progress(states, num_steps) if verbose else states:  # noqa: B007
-            pass
+            trajectory.step += 1
         data_dict[self.timesteps_read_key] = torch.full((batch,), t, device=x[0].device)
         data_dict[self.noised_images_read_key] = PackedList(last[0]) if len(last) == 1 else last
         data_dict[self.reconst_write_key] = PackedList(x[0]) if len(x) == 1 else x

@@ -11,10 +11,12 @@
 | `eval_keep_k`                   | caller           | B ints: how many leading tokens the decoder sees          |
 | `eval_dropout_mask`             | caller, sampler  | B bools: true replaces all tokens by the null condition   |
 | `rng`                           | caller           | a `torch.Generator`, or one per sample                    |
+| `trajectory`                    | sampler          | where it is; a `flextok.model.trajectory.Trajectory`      |
 | `flow_passes`                   | objective        | per pass of the decoder, errors, times and `keep_k`       |
 
-Names other than `eval_dropout_mask`, `rng` and `flow_passes` are constructor arguments of the modules. A module puts
-new values into the dictionary it was given; it never writes into a tensor or list the dictionary already holds.
+Names other than `eval_dropout_mask`, `rng`, `trajectory` and `flow_passes` are constructor arguments of the modules. A
+module puts new values into the dictionary it was given; it never writes into a tensor or list the dictionary already
+holds.
 """
 
 from collections.abc import Sequence

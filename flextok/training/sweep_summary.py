@@ -25,7 +25,7 @@ OVER_SEEDS = "summary_over_seeds.csv"
 METRICS = ("val/flow_loss", "train/loss", "psnr")
 # Which point of an evaluation the PSNR is of.
 PSNR_AT = "psnr at"
-_AXES = ("keep_k", "steps", "guidance_scale", "form", "backend")
+_AXES = ("keep_k", "steps", "guidance_scale", "form", "backend", "maskers", "budget")
 # Overrides that say where and how a run ran, not what it was.
 _NOT_SETTINGS = ("ckpt_path", "paths", "logger", "hparams_search", "optimized_metric")
 

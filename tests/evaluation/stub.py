@@ -32,6 +32,8 @@ SETTINGS = {
     "grid_images": 3,
     "forms": None,
     "backends": None,
+    "sparse": None,
+    "budgets": [0.1, 1.0],
     "targets": None,
     "resume": True,
     "device": "cpu",

@@ -80,7 +80,7 @@ def test_forms_leave_tokens_out_or_hide_them():
     model = small_tokenizer("attention_mask").eval()
     (packer,) = (module for module in model.modules() if isinstance(module, NestedDropoutSequencePacker))
     for form, drops in (("packed", True), ("attention_mask", False)):
-        prepare(model, Curve(1, 1.0, form))
+        prepare(model, Curve(1, 1.0, form), None)
         assert packer._drops is drops
 
 

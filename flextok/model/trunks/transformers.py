@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterator, Sequence
 from inspect import signature
-from typing import Any, get_args
+from typing import TYPE_CHECKING, Any, get_args
 
 import torch
 from torch import Tensor, nn
@@ -21,6 +21,9 @@ from flextok.model.layers.transformer_blocks import (
     FlexDecoderBlock,
     FlexDecoderBlockAdaLN,
 )
+
+if TYPE_CHECKING:
+    from flextok.model.sparse_attention import TrunkSparsity
 
 
 class _Trunk(MuPInit):
@@ -100,6 +103,7 @@ class _Trunk(MuPInit):
         self.intermediate_layers = list(intermediate_layers)
         self.use_act_checkpoint = use_act_checkpoint
         self.attention_backend: BackendChoice = "auto"
+        self.sparsity: TrunkSparsity | None = None
 
     def _init_weights(self, *, mup: bool) -> None:
         for block in self.blocks:
@@ -120,13 +124,21 @@ class _Trunk(MuPInit):
         modulation_keys = [self.adaLN_emb_read_key, self.adaLN_packing_fn_read_key]
         x, *inputs = (data_dict[key] for key in [*input_keys, *modulation_keys] if key is not None)
         optional = {name: data_dict[key] for name, key in optional_keys.items() if key is not None}
+        sparse_plan_of, own = None, "block_mask" if "block_mask" in optional_keys else "sa_block_mask"
         for name, value in list(optional.items()):
             if isinstance(value, SequenceLayout):
                 score_mod = optional.pop(name.replace("block_mask", "score_mod"), None)
-                optional[name] = self._plan(value, x, score_mod)
+                request = self._request(value, x, score_mod)
+                optional[name] = plan_attention(request, self.attention_backend)
+                if self.sparsity is not None and name == own:
+                    sparse_plan_of = self.sparsity.plans(request, optional[name], data_dict, self.attention_backend)
+        if self.sparsity is not None and sparse_plan_of is None:
+            raise ValueError("sparse attention needs the layout of the packed row; this packer writes none")
         intermediate: list[Tensor] = []
         length, keep = x.shape[1], None
         for index, block in enumerate(self.blocks):
+            if sparse_plan_of is not None:
+                optional[own] = sparse_plan_of(index)
             if output_subsequences is not None and index == len(self.blocks) - 1:
                 plan: AttentionPlan = optional["block_mask"]
                 assert plan.layout is not None
@@ -147,16 +159,15 @@ class _Trunk(MuPInit):
             data_dict[self.intermediate_layer_write_key] = intermediate[0] if len(intermediate) == 1 else intermediate
         return data_dict
 
-    def _plan(self, layout: SequenceLayout, x: Tensor, score_mod: ScoreMod | None) -> AttentionPlan:
-        """Prepare attention over the row x `[1, tokens, dim]` once for all blocks."""
+    def _request(self, layout: SequenceLayout, x: Tensor, score_mod: ScoreMod | None) -> AttentionRequest:
+        """Attention over the row x `[1, tokens, dim]`, the same for all blocks."""
         if layout.last_counts is not None and (self.rope_forward_read_key or score_mod is not None):
             raise ValueError(
                 "rope_forward and score_mod tell equal tokens apart, of which the packer left one; "
                 "set shortens_rows=False on the packer"
             )
         needs_grad = torch.is_grad_enabled() and (x.requires_grad or any(p.requires_grad for p in self.parameters()))
-        request = AttentionRequest(layout, x.shape[1], x.shape[1], x.device, compute_dtype(x), needs_grad, score_mod)
-        return plan_attention(request, self.attention_backend)
+        return AttentionRequest(layout, x.shape[1], x.shape[1], x.device, compute_dtype(x), needs_grad, score_mod)
 
 
 def set_attention_backend(model: nn.Module, backend: BackendChoice) -> None:
@@ -166,16 +177,21 @@ def set_attention_backend(model: nn.Module, backend: BackendChoice) -> None:
     """
     if backend not in get_args(BackendChoice):
         raise ValueError(f"attention.backend={backend!r} is unknown; valid: {', '.join(get_args(BackendChoice))}")
+    for trunk in trunks_of(model):
+        trunk.attention_backend = backend
+
+
+def trunks_of(model: nn.Module) -> Iterator["_Trunk"]:
+    """All trunks inside `model`."""
     for module in model.modules():
         if isinstance(module, _Trunk):
-            module.attention_backend = backend
+            yield module
 
 
 def trunk_blocks(model: nn.Module) -> Iterator[nn.Module]:
     """The blocks of all trunks inside `model`."""
-    for module in model.modules():
-        if isinstance(module, _Trunk):
-            yield from module.blocks
+    for trunk in trunks_of(model):
+        yield from trunk.blocks
 
 
 def compile_blocks(model: nn.Module, **options: Any) -> None:
