@@ -12,11 +12,13 @@ from flextok.config import CONFIG_FOLDER, check_config, compose
 from tests.training.support import SMALL, small_config
 from tests.training.test_recipes import RECIPES
 
-PROGRAMS = ("train", "eval")
+PROGRAMS = ("train", "eval", "fuse")
 FILES = sorted(path.relative_to(CONFIG_FOLDER) for path in CONFIG_FOLDER.rglob("*.yaml"))
 OPTIONS = [path for path in FILES if path.parent != Path()]
 # What only the user knows, and what Hydra fills in.
-UNKNOWN = {"latent.path": "models/vae", "data.root": "images", "checkpoint": "runs/x", "paths.run": "runs/x"}
+UNKNOWN = {"latent.path": "models/vae", "data.root": "images", "checkpoint": "runs/x", "paths.run": "runs/x"} | {
+    "fusion.data.path": "items.jsonl"
+}
 # Groups of Hydra's own: every program has them.
 HYDRA_GROUPS = {"hydra/launcher"}
 # Without which an option does not fit the defaults of its program.

@@ -17,7 +17,7 @@ MODEL = {"model", "utils", *ATTENTION}
 LIBRARY = {"flextok_wrapper", "vae_wrapper", "flow_matching", "regularizers", *MODEL}
 ALLOWED = {
     "attention": set(),
-    "fusion": ATTENTION,
+    "fusion": {"embedded", "hub_tables", "seeding", "utils", *ATTENTION},
     "model": MODEL,
     "image_codec": MODEL,
     "vae_wrapper": {"image_codec", *MODEL},
@@ -25,7 +25,8 @@ ALLOWED = {
     "regularizers": MODEL,
     "flow_matching": MODEL,
     "flextok_wrapper": LIBRARY,
-    "data": {"seeding"},
+    "data": {"hub_tables", "seeding"},
+    "hub_tables": set(),
     "seeding": set(),
     "provenance": set(),
     "embedded": set(),
@@ -50,6 +51,7 @@ AT_MODULE_LEVEL = {
     "pyarrow": set(),
     "shtab": set(),
     "gradio": {"demo"},
+    "spacy": set(),
 }
 # These parts may not import the library at all.
 NEVER = {"attention": {"diffusers", "lightning", "PIL"}, "fusion": {"diffusers", "lightning"}}

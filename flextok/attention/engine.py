@@ -59,9 +59,11 @@ def attend(
     """Softmax attention; rows that may attend to nothing give zeros.
 
     Args:
-        q: `[batch, heads, queries, head_dim]`; k and v `[batch, heads, keys, head_dim]`.
-        mask: a layout of the packed row (batch 1), a `BlockMask`, a bool tensor broadcastable to
-            `[batch, heads, queries, keys]` (True attends), None, or a plan made of one of these.
+        q: `[batch, heads, queries, head_dim]`; k and v `[batch, key heads, keys, head_dim]`, where the heads are a
+            multiple of the key heads: neighbouring ones share keys and values, which are not copied.
+        mask: a layout of the packed row (batch 1), a `BlockMask`, a tensor broadcastable to
+            `[batch, heads, queries, keys]` (bool, True attends, or floats added to the scores, -inf to hide), None, or
+            a plan made of one of these.
 
     Raises:
         ValueError: the backend asked for cannot do it; the message says which can.
@@ -72,6 +74,11 @@ def attend(
         mask = plan_attention(request, backend)
     elif score_mod is not None:
         raise ValueError("score_mod is part of a plan: give it to plan_attention")
+    if q.shape[1] % k.shape[1] or k.shape[1] != v.shape[1]:
+        raise ValueError(
+            f"q, k and v have {q.shape[1]}, {k.shape[1]} and {v.shape[1]} heads; valid: as many in v as in k, and a "
+            "multiple of them in q"
+        )
     return mask.attend(q, k, v, scale)
 
 

@@ -22,6 +22,8 @@ COMMANDS = {
     "describe": "print every module of a model: keys it reads and writes, parameters, shapes",
     "detokenize": "turn tokens back into images",
     "export": "write a trained model as model.safetensors and config.json",
+    "fusion-lemmatize": "fill the lemmas of a file of answers, and print how many are right",
+    "fusion-paraphrase": "let a language model reword questions",
     "latents": "encode a data set with the VAE once, so that training need not",
     "prepare": "turn a folder of images or tar files into shards that training can stream",
     "reconstruct": "show an image and its reconstructions from more and more tokens",

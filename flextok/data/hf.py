@@ -4,19 +4,16 @@ from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
-from urllib.error import HTTPError
-from urllib.request import Request, urlopen
 
 from flextok.data.datamodule import ImageDataModule, Split
 from flextok.data.image_source import ImageSource, SquareImages
 from flextok.data.samples import ImageDataset
 from flextok.data.splits import SPLITS, hash_of_names, split_by_hash
 from flextok.data.transforms import Encoded
+from flextok.hub_tables import load_tables
 
 if TYPE_CHECKING:
-    from datasets import Dataset, DatasetDict
-
-_FOLDERS = "a folder that save_to_disk wrote, a folder of parquet files or images, or a name on the hub"
+    from datasets import Dataset
 
 
 class HuggingFaceDataModule(ImageDataModule):
@@ -72,7 +69,7 @@ class HuggingFaceDataModule(ImageDataModule):
 
     def make_datasets(self) -> dict[Split, ImageDataset]:
         """Open the tables and divide their rows; no image is read yet."""
-        tables = load_tables(self.path, self.config_name)
+        tables = load_tables(self.path, self.config_name, field="data.path")
         sources: dict[str, TableImages] = {}
         for split, name in self.split_names.items():
             if name is not None and name not in tables:
@@ -152,48 +149,6 @@ class TableImages(ImageSource):
     def fingerprint(self, numbers: Sequence[int]) -> str:
         """Depends on the table and on which of its rows these are."""
         return hash_of_names([self.fingerprint_of_table, *(self.keys[number] for number in numbers)])
-
-
-def load_tables(path: str, config_name: str | None) -> "DatasetDict | dict[str, Dataset]":
-    """The splits of a data set by name; a single table that `save_to_disk` wrote is called `train`.
-
-    Raises:
-        ValueError: There is no such data set, or the hub cannot be reached.
-        ImportError: `datasets` is not installed.
-    """
-    try:
-        import datasets
-    except ImportError as error:
-        raise ImportError("Hugging Face data sets need the library datasets: pip install 'flextok[hf]'") from error
-    folder = Path(path).expanduser()
-    try:
-        if any((folder / name).is_file() for name in ("dataset_dict.json", "state.json")):
-            saved = datasets.load_from_disk(str(folder))
-            return {"train": saved} if isinstance(saved, datasets.Dataset) else saved
-        if folder.is_dir():
-            return datasets.load_dataset(str(folder), config_name)
-        _check_hub(path, datasets.config.HF_ENDPOINT, offline=datasets.config.HF_HUB_OFFLINE)
-        return datasets.load_dataset(path, config_name)
-    # Some of its errors are of the kinds below, the rest belongs to the library.
-    except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
-        raise ValueError(f"data.path={path!r} cannot be loaded: {error}; valid: {_FOLDERS}") from error
-
-
-def _check_hub(path: str, endpoint: str, *, offline: bool) -> None:
-    """Without this, `datasets` tries again for half a minute where there is no network."""
-    if path.startswith(("/", ".", "~")) or path.count("/") > 1:
-        raise ValueError("there is no such folder")
-    if offline:
-        return
-    try:
-        urlopen(Request(endpoint, method="HEAD"), timeout=5)
-    except HTTPError:
-        return
-    except OSError as error:
-        raise ValueError(
-            f"there is no such folder, and {endpoint} cannot be reached ({error}); give a local folder, or set "
-            "HF_HUB_OFFLINE=1 to use what was downloaded before"
-        ) from error
 
 
 def _keys(table: "Dataset", split: str, key_column: str | None, where: str) -> list[str]:

@@ -256,6 +256,75 @@ def test_a_layout_and_a_score_function(backend, arguments):
     assert max_difference(out, expected) < 1e-5
 
 
+# --- grouped heads and masks that are added ---------------------------------------------------------------------------
+
+GROUPS = {"grouped": (6, 2), "of_one": (4, 1), "not_grouped": (2, 2)}
+grouped_heads = pytest.mark.parametrize(("heads", "key_heads"), GROUPS.values(), ids=GROUPS)
+
+
+def grouped_query_key_value(length, heads, key_heads, **options):
+    return [torch.randn(1, n, length, 4, **options) for n in (heads, key_heads, key_heads)]
+
+
+@grouped_heads
+@pytest.mark.parametrize("scored", [False, True], ids=["plain", "score_mod"])
+@pytest.mark.parametrize("mask", [None, "dense", "blocks", "layout", "added"])
+@pytest.mark.parametrize("backend", HERE)
+def test_neighbouring_heads_may_share_keys(backend, mask, scored, heads, key_heads):
+    layout = layout_of([(3, 2), (4, 1), (3, 2), (1, 1)])
+    dense = layout.dense_mask()
+    masks = {
+        None: None,
+        "dense": dense,
+        "blocks": layout.block_mask(CPU),
+        "layout": layout,
+        "added": torch.zeros(dense.shape).masked_fill(~dense, float("-inf")),
+    }
+    if (mask in ("dense", "added") and backend == "flex") or (scored and backend == "sdpa"):
+        return
+    scores = distance if scored else None
+    q, k, v = grouped_query_key_value(layout.row_length, heads, key_heads)
+    out = attend(q, k, v, masks[mask], scale=SCALE, score_mod=scores, backend=backend)
+    for head in range(heads):
+        shared = head // (heads // key_heads)
+        # The score function is told the head.
+        of_head = (
+            None if scores is None else lambda s, b, h, q_idx, kv_idx, head=head: distance(s, b, head, q_idx, kv_idx)
+        )
+        one = (x[:, i : i + 1] for x, i in ((q, head), (k, shared), (v, shared)))
+        expected = reference_attention(*one, None if mask is None else dense, scale=SCALE, score_mod=of_head)
+        assert max_difference(out[:, head : head + 1], expected) < 1e-5
+
+
+@grouped_heads
+def test_gradients_of_shared_keys_are_summed(heads, key_heads):
+    for layout in (layout_of([(3, 2)] * 3), layout_of([(3, 2), (4, 1), (3, 2), (1, 1)]), layout_of([(0, 0), (0, 3)])):
+        inputs = grouped_query_key_value(layout.row_length, heads, key_heads, dtype=torch.float64, requires_grad=True)
+        expected = reference_attention(*inputs, layout.dense_mask(), scale=SCALE)
+        out = attend(*inputs, layout, scale=SCALE, backend="sdpa")
+        assert max_difference(out, expected) < 1e-12
+        for mine, theirs in zip(gradients(out, inputs), gradients(expected, inputs), strict=True):
+            assert max_difference(mine, theirs) < 1e-12
+
+
+@pytest.mark.parametrize("backend", ["sdpa", "reference"])
+def test_a_mask_of_floats_is_added_to_the_scores(backend):
+    q, k, v = query_key_value()
+    added = torch.randn(BATCH, 1, QUERIES, KEYS).masked_fill(torch.rand(BATCH, 1, QUERIES, KEYS) < 0.4, float("-inf"))
+    added[:, :, 0] = float("-inf")
+    weights = (q @ k.mT * SCALE + added).softmax(-1)
+    out = attend(q, k, v, added, scale=SCALE, backend=backend)
+    assert max_difference(out[:, :, 1:], (weights @ v)[:, :, 1:]) < 1e-5
+    assert (out[:, :, 0] == 0).all()
+
+
+@pytest.mark.parametrize(("key_heads", "value_heads"), [(4, 4), (3, 2)])
+def test_heads_that_do_not_fit_are_an_error(key_heads, value_heads):
+    q, k, v = (torch.randn(1, n, 5, 4) for n in (6, key_heads, value_heads))
+    with pytest.raises(ValueError, match=f"6, {key_heads} and {value_heads} heads"):
+        attend(q, k, v, None, scale=SCALE)
+
+
 # --- choices ----------------------------------------------------------------------------------------------------------
 
 UNIFORM, RAGGED = layout_of([(4, 2)] * 3), layout_of([(4, 2), (4, 1), (3, 2)])

@@ -15,6 +15,7 @@ from flextok.attention.masks import (
     nested_dropout_mask,
     or_masks,
     packed_mask,
+    position_window_mask,
     prefix_mask,
     same_sample_mask,
     segment_fusion,
@@ -45,6 +46,7 @@ MASKS = {
     "packed_full": packed("full"),
     "packed_causal": packed("causal"),
     "packed_causal_last": packed("causal_last"),
+    "position_window": lambda seed: position_window_mask(numbers(seed, 0, 9), 4),
     "isolation": lambda seed: create_flex_attention_mask([(0, 2 + seed), (3 + seed, 8)], 8),
     "segments": lambda seed: segment_fusion(numbers(seed, -1, 3), 7 + seed),
     "adjacent_segments": lambda seed: segment_fusion(

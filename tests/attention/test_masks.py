@@ -20,6 +20,7 @@ from flextok.attention.masks import (
     nested_dropout_mask,
     or_masks,
     packed_mask,
+    position_window_mask,
     prefix_mask,
     same_sample_mask,
     segment_fusion,
@@ -97,6 +98,12 @@ def draw_symmetric_window(draw, batch, length):
     return symmetric_window_mask(radius), lambda b, q, k: abs(q - k) <= radius
 
 
+def draw_position_window(draw, batch, length):
+    table, position = rows_of(draw, st.integers(0, 9), batch, length)
+    window = draw(st.integers(1, 9))
+    return position_window_mask(table, window), lambda b, q, k: position(b, q) - position(b, k) < window
+
+
 def draw_packed(draw, batch, length):
     sample, sample_of = rows_of(draw, st.integers(-1, 2), batch, length)
     position, position_of = rows_of(draw, st.integers(0, 5), batch, length)
@@ -144,6 +151,7 @@ EVERY = (
     draw_visible_keys,
     draw_alive,
     draw_trailing_window,
+    draw_position_window,
     draw_packed,
     draw_segment_fusion,
 )
@@ -340,6 +348,8 @@ FLOATS = torch.ones(3)
         (lambda: or_masks(causal_mask(), 3), "or_masks got 3"),
         (lambda: trailing_window_mask(0), "window=0"),
         (lambda: symmetric_window_mask(-1), "radius=-1"),
+        (lambda: position_window_mask(IDS, 0), "window=0"),
+        (lambda: position_window_mask(FLOATS, 2), "positions is of torch.float32"),
         (lambda: nested_dropout_mask(torch.tensor([1]), -1), "num_before=-1"),
         (lambda: nested_dropout_mask(FLOATS, 1), "keep_k is of torch.float32"),
         (lambda: prefix_mask(torch.tensor([[1]])), r"prefix_length has shape \[1, 1\]"),

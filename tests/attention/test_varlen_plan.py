@@ -15,7 +15,9 @@ CPU = torch.device("cpu")
 SCALE = 0.7
 
 
-def slow_varlen_attn(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, *, scale=None, window_size=(-1, -1)):
+def slow_varlen_attn(
+    query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, *, scale=None, window_size=(-1, -1), enable_gqa=False
+):
     """`torch.nn.attention.varlen.varlen_attn`, sequence by sequence.
 
     Query i of n among m keys sees all keys, or with `window_size` (-1, 0) those up to i + m - n: causal masks are
@@ -31,6 +33,8 @@ def slow_varlen_attn(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, *, sca
         assert starts.diff().max() <= longest
         assert starts.diff().min() >= 0
     assert len(cu_seq_q) == len(cu_seq_k)
+    assert enable_gqa == (query.shape[1] != key.shape[1])
+    key, value = (x.repeat_interleave(query.shape[1] // x.shape[1], dim=1) for x in (key, value))
     outputs = []
     for q, k, v in zip(*map(split, (query, key, value), (cu_seq_q, cu_seq_k, cu_seq_k)), strict=True):
         scores = torch.einsum("qhd,khd->hqk", q, k) * scale
@@ -69,6 +73,14 @@ def test_values_and_gradients_are_those_of_the_reference(mode, arguments):
     by_form = [torch.autograd.grad(x.square().sum(), inputs) for x in (out, expected)]
     for mine, theirs in zip(*by_form, strict=True):
         assert max_difference(mine, theirs) < 1e-12
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_neighbouring_heads_may_share_keys(mode):
+    layout = layout_of([(4, 2), (3, 1)], mode=mode)
+    q, k, v = (torch.randn(1, heads, 10, 4) for heads in (6, 2, 2))
+    expected = expected_attention(q, k, v, layout, scale=SCALE)
+    assert max_difference(attend_by_plan((q, k, v), layout), expected) < 1e-5
 
 
 CALLS = {

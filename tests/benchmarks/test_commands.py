@@ -15,6 +15,7 @@ from benchmarks import (
     demo,
     flops,
     operator_calls,
+    paraphrase_fusion,
     sample_data,
     start_up,
     training_loop,
@@ -45,6 +46,19 @@ def run(monkeypatch, tmp_path):
         return content
 
     return run
+
+
+def test_paraphrase_fusion(run, monkeypatch):
+    monkeypatch.setattr(paraphrase_fusion, "MASK_LENGTHS", (64, 256))
+    monkeypatch.setattr(paraphrase_fusion, "EVALUATED_UP_TO", 64)
+    sizes = {"layers": 1, "width": 64, "wordings": 2, "length": 6, "new-tokens": 3}
+    content = run(paraphrase_fusion, "--repeats", 2, *(f"--{name}={value}" for name, value in sizes.items()))
+    ways = {row["way"]: row for row in content["rows"]}
+    assert list(ways) == ["fused", "fused_again", "apart", "apart_again"]
+    assert ways["fused"]["times_as_long_as_fused"] == 1
+    assert all(row["seconds"] > 0 for row in ways.values())
+    assert [row["tokens"] for row in content["block_masks"]] == [64, 256]
+    assert ["evaluated_ms" in row for row in content["block_masks"]] == [True, False]
 
 
 def test_training_step(run, monkeypatch):

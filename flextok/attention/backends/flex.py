@@ -31,7 +31,10 @@ class FlexPlan(AttentionPlan):
         # Inside a compiled block it becomes part of that block's graph.
         compiled = q.device.type == "cuda" and not torch.compiler.is_compiling()
         attention = _compiled_flex_attention() if compiled else flex_attention
-        return attention(q, k, v, score_mod=self.score_mod, block_mask=self.block_mask, scale=scale)
+        is_grouped = q.shape[1] != k.shape[1]
+        return attention(
+            q, k, v, score_mod=self.score_mod, block_mask=self.block_mask, scale=scale, enable_gqa=is_grouped
+        )
 
 
 def add_key_bias(bias: Tensor, score_mod: ScoreMod | None = None) -> ScoreMod:

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from flextok.attention.layout import SequenceLayout
 from flextok.attention.plan import AttentionPlan
+from flextok.attention.reference import visible_keys
 
 MAX_RUNS = 2
 """Up to so many groups of equal neighbours get a call each: a uniform batch, or the two branches of guidance."""
@@ -42,9 +43,9 @@ class _Run(NamedTuple):
         q, k, v = (x.unflatten(0, self.tokens.shape).transpose(1, 2) for x in (q, k, v))
         if visible == 0:
             # Not a constant: all three must get a gradient, and be it zero.
-            return (0.0 * (q + k + v)).transpose(1, 2).flatten(0, 1)
+            return (0.0 * (q + (k + v).sum())).transpose(1, 2).flatten(0, 1)
         q, k, v = (_first(x, 2, visible) for x in (q, k, v))
-        out = F.scaled_dot_product_attention(q, k, v, attn_mask=self.mask, is_causal=self.is_causal, scale=scale)
+        out = _sdpa(q, k, v, self.mask, scale, is_causal=self.is_causal)
         if visible < length:
             out = F.pad(out, (0, 0, 0, length - visible))
         return out.transpose(1, 2).flatten(0, 1)
@@ -99,7 +100,7 @@ class PaddedPlan(AttentionPlan):
     def attend(self, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
         length = q.shape[2]
         batches = zip(self.queries.batches(q), self.keys.batches(k), self.keys.batches(v), self.masks, strict=True)
-        outputs = [F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale) for q, k, v, mask in batches]
+        outputs = [_sdpa(q, k, v, mask, scale) for q, k, v, mask in batches]
         cells = torch.cat([out.transpose(1, 2).flatten(0, 1) for out in outputs])
         tokens = cells.index_select(0, self.queries.cells)
         if self.queries.rows is not None:
@@ -128,17 +129,26 @@ class _Padded(NamedTuple):
 
 @dataclass(frozen=True)
 class DensePlan(AttentionPlan):
-    """Any bool mask broadcastable to `[batch, heads, queries, keys]`, or None."""
+    """Any mask broadcastable to `[batch, heads, queries, keys]`, bool or added to the scores, or None."""
 
     mask: Tensor | None
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
         if self.mask is None:
-            return F.scaled_dot_product_attention(q, k, v, scale=scale)
+            return _sdpa(q, k, v, None, scale)
         # Rows without a key are given all keys and zeroed afterwards: some fused kernels return NaN for them.
-        visible = self.mask.any(-1, keepdim=True)
-        out = F.scaled_dot_product_attention(q, k, v, attn_mask=self.mask | ~visible, scale=scale)
-        return out.masked_fill(~visible, 0.0)
+        visible = visible_keys(self.mask).any(-1, keepdim=True)
+        if self.mask.dtype == torch.bool:
+            mask = self.mask | ~visible
+        else:
+            mask = self.mask.to(q.dtype).masked_fill(~visible, 0.0)
+        return _sdpa(q, k, v, mask, scale).masked_fill(~visible, 0.0)
+
+
+def _sdpa(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float, *, is_causal: bool = False) -> Tensor:
+    return F.scaled_dot_product_attention(
+        q, k, v, attn_mask=mask, is_causal=is_causal, scale=scale, enable_gqa=q.shape[1] != k.shape[1]
+    )
 
 
 def plan_sdpa(layout: SequenceLayout, device: torch.device, dtype: torch.dtype) -> AttentionPlan:

@@ -47,6 +47,7 @@ class VarlenPlan(AttentionPlan):
     def attend(self, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
         q, k, v = (x.squeeze(0).transpose(0, 1) for x in (q, k, v))
         out: Tensor | None = None
+        is_grouped = q.shape[1] != k.shape[1]
         for queries, keys, is_causal in self.calls:
             part = varlen_attn(
                 queries.of(q).contiguous(),
@@ -59,6 +60,7 @@ class VarlenPlan(AttentionPlan):
                 scale=scale,
                 # Causal is aligned to the last key: query i of n among m keys sees the first m - n + i + 1.
                 window_size=(-1, 0) if is_causal else (-1, -1),
+                enable_gqa=is_grouped,
             )
             assert isinstance(part, Tensor)
             if queries.rows is None:
@@ -66,7 +68,7 @@ class VarlenPlan(AttentionPlan):
             else:
                 out = torch.zeros_like(q) if out is None else out
                 out = out.index_copy(0, queries.rows, part)
-        return (0.0 * (q + k + v) if out is None else out)[None].transpose(1, 2)
+        return (0.0 * (q + (k + v).sum()) if out is None else out)[None].transpose(1, 2)
 
 
 def plan_varlen(layout: SequenceLayout, device: torch.device) -> VarlenPlan:

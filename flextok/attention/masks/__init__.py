@@ -6,6 +6,7 @@ from flextok.attention.masks.local import symmetric_window_mask, trailing_window
 from flextok.attention.masks.mask_mod import MaskMod, materialize
 from flextok.attention.masks.nested_dropout import alive_mask, nested_dropout_mask
 from flextok.attention.masks.packed import packed_mask
+from flextok.attention.masks.positions import position_window_mask
 from flextok.attention.masks.prefix import prefix_mask, visible_keys_mask
 from flextok.attention.masks.same_sample import same_sample_mask
 from flextok.attention.masks.segments import (
@@ -29,6 +30,7 @@ __all__ = [
     "nested_dropout_mask",
     "or_masks",
     "packed_mask",
+    "position_window_mask",
     "prefix_mask",
     "same_sample_mask",
     "segment_fusion",
