@@ -29,6 +29,7 @@ COMMANDS = {
     "reconstruct": "show an image and its reconstructions from more and more tokens",
     "show-mask": "show which tokens of a model attend to which, as text and as a picture",
     "tokenize": "write the tokens of a folder of images or of tar files",
+    "train-lm": "train a small language model on texts or on questions and answers",
 }
 
 

@@ -3,6 +3,7 @@
 import json
 import os
 from collections.abc import Iterable
+from contextlib import suppress
 from pathlib import Path
 from typing import IO, Any
 
@@ -10,7 +11,8 @@ from typing import IO, Any
 class Journal:
     """Records as JSON lines, in an old file or a new one. What was added is on the disk when `add` returns.
 
-    A last line that was cut off is dropped when the file is opened. One process at a time may have it open.
+    A last line that was cut off is no record, and gone with the first that is added: until then the file stays as it
+    is. One process at a time may have it open.
 
     Attributes:
         path: The file; its folder is made.
@@ -24,6 +26,8 @@ class Journal:
         self.path = Path(path).expanduser()
         self.path.parent.mkdir(parents=True, exist_ok=True)
         self._file: IO[bytes] = self.path.open("a+b")
+        # What a new record comes after: all whole lines, of which the last may lack nothing but its end.
+        self._length, self._end = 0, b""
         try:
             _lock(self._file, self.path)
             self.records = self._recover()
@@ -33,14 +37,17 @@ class Journal:
 
     def add(self, records: Iterable[dict[str, Any]]) -> None:
         """Append records, each a line."""
-        self._file.write(b"".join(json.dumps(record).encode() + b"\n" for record in records))
+        self._file.truncate(self._length)
+        lines = self._end + b"".join(json.dumps(record).encode() + b"\n" for record in records)
+        self._file.write(lines)
         self._file.flush()
         os.fsync(self._file.fileno())
+        self._length, self._end = self._length + len(lines), b""
 
     def clear(self) -> None:
         """Forget all records."""
         self._file.truncate(0)
-        self.records = []
+        self.records, self._length, self._end = [], 0, b""
 
     def close(self) -> None:
         """Let other processes have the file."""
@@ -48,18 +55,19 @@ class Journal:
 
     def _recover(self) -> list[dict[str, Any]]:
         self._file.seek(0)
-        content = self._file.read()
-        whole = content.rpartition(b"\n")[0] + b"\n" if b"\n" in content else b""
-        if len(whole) < len(content):
-            self._file.truncate(len(whole))
+        *whole, last = self._file.read().split(b"\n")
         records = []
-        for number, line in enumerate(whole.split(b"\n")[:-1], start=1):
+        for number, line in enumerate(whole, start=1):
             try:
                 records.append(json.loads(line))
             except ValueError as error:
                 raise ValueError(
                     f"{self.path}, line {number}: is damaged ({error}); remove the file to start anew"
                 ) from error
+        self._length = sum(len(line) + 1 for line in whole)
+        with suppress(ValueError):
+            records.append(json.loads(last))
+            self._length, self._end = self._length + len(last), b"\n"
         return records
 
 

@@ -28,7 +28,7 @@ def load_language_model(
         raise ImportError("language models need transformers: pip install 'flextok[fusion]'") from error
     folder = name
     if name.startswith(embedded.PREFIX):
-        folder = str(embedded.embedded_language_model(name.removeprefix(embedded.PREFIX)))  # type: ignore[attr-defined]
+        folder = str(embedded.embedded_language_model(name.removeprefix(embedded.PREFIX)))
     try:
         model: Any = AutoModelForCausalLM.from_pretrained(folder)
         tokenizer = AutoTokenizer.from_pretrained(folder)

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol, TypeVar
 
+from flextok.embedded import embedded_file
 from flextok.fusion.items import Item, read_items
 from flextok.fusion.prompts import PromptStyle
 
@@ -57,14 +58,16 @@ class JsonLinesItems:
 
     def test_items(self) -> list[Item]:
         """All items of the file, in its order."""
-        return read_items(_local(self.path))
+        return read_items(embedded_file(self.path))
 
     def example_items(self) -> list[Item]:
         """The drawn examples."""
         if not self.num_examples:
             return []
         assert self.examples_path is not None
-        return draw_examples(read_items(_local(self.examples_path)), self.test_items(), self.num_examples, self.seed)
+        return draw_examples(
+            read_items(embedded_file(self.examples_path)), self.test_items(), self.num_examples, self.seed
+        )
 
 
 def draw_examples(pool: Sequence[Item], test_items: Sequence[Item], num_examples: int, seed: int) -> list[Item]:
@@ -100,10 +103,3 @@ def check_columns(table: "Dataset", fields: dict[str, str], where: str) -> None:
 def is_json_lines(path: str) -> bool:
     """Whether a path means a file of items and no table."""
     return Path(path).suffix == ".jsonl"
-
-
-def _local(path: str) -> Path:
-    from flextok import embedded
-
-    name = path.removeprefix(embedded.PREFIX)
-    return Path(path) if name == path else Path(embedded.__file__).parent / name

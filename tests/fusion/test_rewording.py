@@ -117,6 +117,14 @@ def test_a_cut_off_file_becomes_what_it_would_have_been(tmp_path, rewriter):
     assert file.read_bytes() == whole
 
 
+def test_the_questions_themselves_are_not_overwritten(tmp_path, rewriter):
+    file = tmp_path / "questions.jsonl"
+    file.write_text('{"uuid": "u0", "answers": ["a"], "paraphrases": ["q"]}')  # without an end of the line
+    with pytest.raises(ValueError, match="line 1: made with None"):
+        write_rewordings(file, read_items(file), rewriter, model_name="tiny")
+    assert len(read_items(file)) == 1
+
+
 def test_a_file_made_otherwise_is_refused(tmp_path, language_model, rewriter):
     file = tmp_path / "new.jsonl"
     write_rewordings(file, ITEMS[:1], rewriter, model_name="tiny")
