@@ -28,6 +28,7 @@ from flextok.attention.sparse.mask import Mask
 from flextok.attention.sparse.masker import AttentionTensorDimensions, FixedMasker, ResearchMasker, SamplingMasker
 from flextok.attention.sparse.oracle_top_k import OracleTopK, OracleTopKConfig
 from flextok.attention.sparse.oracle_top_p import OracleTopPMasker, OracleTopPMaskerConfig
+from flextok.attention.sparse.presets import PRESETS, preset
 from flextok.attention.sparse.random_sampling import RandomSamplingMasker, RandomSamplingMaskerConfig
 from flextok.attention.sparse.registry import MaskerRegistry
 from flextok.attention.sparse.research import ResearchAttention, ResearchAttentionConfig
@@ -59,6 +60,7 @@ __all__ = [
     "OracleTopKConfig",
     "OracleTopPMasker",
     "OracleTopPMaskerConfig",
+    "PRESETS",
     "RandomSamplingMasker",
     "RandomSamplingMaskerConfig",
     "ResearchAttention",
@@ -80,6 +82,7 @@ __all__ = [
     "geometric_block_mask",
     "load_hat_weights",
     "masked_attention",
+    "preset",
     "save_hat_weights",
     "to_block_mask",
     "to_mask_mod",

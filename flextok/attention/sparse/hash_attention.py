@@ -6,7 +6,6 @@ from os import PathLike
 from typing import Any
 
 import torch
-from jaxtyping import Bool, Shaped
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -20,13 +19,12 @@ from flextok.attention.sparse.config import (
     num_keys_of,
 )
 from flextok.attention.sparse.hat_weights import HatWeights, check_hat_weights, load_hat_weights
-from flextok.attention.sparse.magic_pig import check_grown
-from flextok.attention.sparse.masker import all_columns, layer_of, state_of
+from flextok.attention.sparse.masker import all_columns, check_grown, layer_of, state_of
 from flextok.attention.sparse.registry import MaskerRegistry
 from flextok.attention.sparse.scores import additive_bias, allowed_pairs, check_shapes, repeat_heads, work_dtype
 from flextok.attention.sparse.selection import Selection, columns_of, merge_selections
 from flextok.attention.sparse.signatures import hamming_distance, pack_bits
-from flextok.attention.sparse.top_k import TopKMasker, largest
+from flextok.attention.sparse.top_k import TopKMasker, largest, nearest
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "relu": F.relu,
@@ -192,22 +190,3 @@ class HashAttentionTopKMasker(TopKMasker):
             pairs = zip(parts[f"{side}_matrix"], parts[f"{side}_bias"], strict=True)
             self._moved[key] = [(matrix.to(*key[2:]), bias.to(*key[2:])) for matrix, bias in pairs]
         return self._moved[key]
-
-
-def nearest(
-    distance: Shaped[Tensor, "*rows n"], k: int, is_candidate: Bool[Tensor, "*rows n"], most: int
-) -> Bool[Tensor, "*rows n"]:
-    """Per row the k candidates of the smallest distance, 0 to `most`; of equal ones the first columns.
-
-    There are few values, so counting them is quicker than sorting.
-    """
-    flat = torch.where(is_candidate, distance.int(), most + 1).flatten(0, -2)
-    bins = most + 2
-    start = torch.arange(len(flat), device=flat.device, dtype=torch.int32)[:, None] * bins
-    up_to = torch.bincount((flat + start).flatten(), minlength=len(flat) * bins).reshape(-1, bins).cumsum(-1)
-    # The distance of the k-th nearest; one past the last where there are fewer candidates.
-    threshold = (up_to[:, :-1] < k).sum(-1, keepdim=True)
-    nearer = torch.nn.functional.pad(up_to, (1, 0)).gather(-1, threshold)
-    equal = flat == threshold
-    chosen = (flat < threshold) | (equal & (equal.cumsum(-1, dtype=torch.int32) <= k - nearer))
-    return chosen.reshape(distance.shape) & is_candidate

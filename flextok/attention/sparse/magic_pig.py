@@ -16,7 +16,7 @@ from flextok.attention.sparse.config import (
 )
 from flextok.attention.sparse.lsh import Frame, Tables, collision_probability, frame_of, lift_keys, lift_queries
 from flextok.attention.sparse.mask import Mask
-from flextok.attention.sparse.masker import SamplingMasker, layer_of, state_of
+from flextok.attention.sparse.masker import SamplingMasker, check_grown, layer_of, state_of
 from flextok.attention.sparse.registry import MaskerRegistry
 from flextok.attention.sparse.scores import check_shapes, grouped
 from flextok.attention.sparse.selection import Selection, columns_of, merge_selections, rows_at
@@ -159,12 +159,3 @@ class MagicPig(SamplingMasker):
         if known is not None:
             codes, lengths = torch.cat([known.codes, codes], -1), torch.cat([known.lengths, lengths], -1)
         return _Hashed(frame, codes, lengths)
-
-
-def check_grown(keys: Tensor, batch_and_heads: torch.Size, num_known: int) -> None:
-    """ValueError unless `keys` can be those of the last call and more."""
-    if keys.shape[:2] != batch_and_heads or keys.shape[2] < num_known:
-        raise ValueError(
-            f"cache_keys: {list(keys.shape[:3])} keys after {[*batch_and_heads, num_known]}; valid: the same batch and "
-            "heads, and keys that only grow. Give each sequence its own sparse_meta_data"
-        )

@@ -150,6 +150,15 @@ def state_of(masker: ResearchMasker, sparse_meta_data: dict[Any, Any] | None, na
     return sparse_meta_data.setdefault(name, {})
 
 
+def check_grown(keys: Tensor, batch_and_heads: torch.Size, num_known: int) -> None:
+    """ValueError unless `keys` can be those of the last call and more."""
+    if keys.shape[:2] != batch_and_heads or keys.shape[2] < num_known:
+        raise ValueError(
+            f"cache_keys: {list(keys.shape[:3])} keys after {[*batch_and_heads, num_known]}; valid: the same batch and "
+            "heads, and keys that only grow. Give each sequence its own sparse_meta_data"
+        )
+
+
 def all_columns(queries: Tensor, keys: Tensor) -> Selection:
     """Every key with certainty."""
     batch, heads, num_queries, num_keys = (*queries.shape[:3], keys.shape[2])

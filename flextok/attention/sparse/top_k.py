@@ -68,3 +68,22 @@ def largest(
     equal = (scores == threshold) & is_candidate
     room = k - above.sum(-1, keepdim=True)
     return above | (equal & (equal.cumsum(-1) <= room))
+
+
+def nearest(
+    distance: Shaped[Tensor, "*rows n"], k: int, is_candidate: Bool[Tensor, "*rows n"], most: int
+) -> Bool[Tensor, "*rows n"]:
+    """Per row the k candidates of the smallest distance, 0 to `most`; of equal ones the first columns.
+
+    There are few values, so counting them is quicker than sorting.
+    """
+    flat = torch.where(is_candidate, distance.int(), most + 1).flatten(0, -2)
+    bins = most + 2
+    start = torch.arange(len(flat), device=flat.device, dtype=torch.int32)[:, None] * bins
+    up_to = torch.bincount((flat + start).flatten(), minlength=len(flat) * bins).reshape(-1, bins).cumsum(-1)
+    # The distance of the k-th nearest; one past the last where there are fewer candidates.
+    threshold = (up_to[:, :-1] < k).sum(-1, keepdim=True)
+    nearer = torch.nn.functional.pad(up_to, (1, 0)).gather(-1, threshold)
+    equal = flat == threshold
+    chosen = (flat < threshold) | (equal & (equal.cumsum(-1, dtype=torch.int32) <= k - nearer))
+    return chosen.reshape(distance.shape) & is_candidate
