@@ -40,8 +40,8 @@ def sparse_attention(
         gather: False decodes from all scores too, as a check.
 
     Raises:
-        ValueError: a model whose attention cannot be chosen or has windows; later, in calls of the model, batches padded
-            on the right, static caches, dropout.
+        ValueError: a model whose attention cannot be chosen or has windows; later, in calls of the model, batches
+            padded on the right, static caches, dropout.
         TypeError: `config` is of another type.
     """
     state = SparseState(config, dense_prefill=dense_prefill, seed=seed, measure=measure, gather=gather)

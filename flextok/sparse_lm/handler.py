@@ -86,9 +86,7 @@ class AttentionHandler(ABC):
         return self._rows[1]
 
     @abstractmethod
-    def attend(
-        self, layer: int, q: Tensor, k: Tensor, v: Tensor, rows: Rows, scaling: float, meta_data: Any
-    ) -> Tensor:
+    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, rows: Rows, scaling: float, meta_data: Any) -> Tensor:
         """The output `[batch, queries, heads, head_dim]` of q `[batch, heads, queries, head_dim]`, k and v with all
         keys so far, and perhaps fewer heads. `meta_data`: what the call of the model was given as
         `sparse_meta_data`, or None."""

@@ -74,9 +74,7 @@ class SparseState(AttentionHandler):
         super().begin_pass()
         self._is_first_layer = True
 
-    def attend(
-        self, layer: int, q: Tensor, k: Tensor, v: Tensor, rows: Rows, scaling: float, meta_data: Any
-    ) -> Tensor:
+    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, rows: Rows, scaling: float, meta_data: Any) -> Tensor:
         if meta_data is not None:
             self.sequences = self._given(meta_data, rows, q.device)
         elif self._is_first_layer:
@@ -108,8 +106,9 @@ class SparseState(AttentionHandler):
                 self._count(int((chosen.probabilities > 0).sum()), q, num_keys)
             return gathered_attention(q, k, v, chosen, scaling, mask)
         if num_queries > 1 and self.dense_prefill:
-            return masked_attention(q, k, v, ResearchAttention([]).build_mask(q, k, v, mask, scaling, 0.0, None),
-                                    scaling, mask)[0]
+            return masked_attention(
+                q, k, v, ResearchAttention([]).build_mask(q, k, v, mask, scaling, 0.0, None), scaling, mask
+            )[0]
         chosen_mask = self.attention.build_mask(q, k, v, mask, scaling, 0.0, sequence.meta_data, **options)
         if self.measure:
             active = weighted_logits(q, k, chosen_mask, scaling, mask) > float("-inf")
@@ -141,7 +140,11 @@ class SparseState(AttentionHandler):
     def _given(self, meta_data: Any, rows: Rows, device: torch.device) -> list[Sequence]:
         """Sequences of the caller's dictionaries."""
         given = [meta_data] if isinstance(meta_data, dict) else meta_data
-        if not isinstance(given, list) or len(given) != len(rows.padding) or not all(isinstance(x, dict) for x in given):
+        if (
+            not isinstance(given, list)
+            or len(given) != len(rows.padding)
+            or not all(isinstance(x, dict) for x in given)
+        ):
             raise ValueError(
                 f"sparse_meta_data is a {type(meta_data).__name__} for {len(rows.padding)} rows; valid: a dictionary "
                 "per row, in a list, or a dictionary for a single row"
