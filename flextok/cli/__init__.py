@@ -31,6 +31,7 @@ COMMANDS = {
     "show-mask": "show which tokens of a model attend to which, as text and as a picture",
     "sparse-eval": "measure perplexity, needles found and speed of a language model under sparse attention",
     "tokenize": "write the tokens of a folder of images or of tar files",
+    "train-hash": "learn the hash projections of sparse attention from the queries and keys of a model",
     "train-lm": "train a small language model on texts or on questions and answers",
 }
 

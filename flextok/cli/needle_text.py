@@ -12,7 +12,7 @@ from pathlib import Path
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("out", metavar="OUT.txt", type=Path, help="to write")
-    parser.add_argument("--passages", type=int, default=10000, help="of 2 to 8 facts each (%(default)s)")
+    parser.add_argument("--passages", type=int, default=10000, help="of 2 to 12 facts each (%(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="another one for a text to test with (%(default)s)")
 
 

@@ -17,19 +17,23 @@ _WORDS = ["".join(letters) for letters in product("bdfgklmnprstvz", "aeiou", "bd
 Random(0).shuffle(_WORDS)
 KEYS, VALUES = _WORDS[:32], _WORDS[32:64]
 """Made-up words; a model that knows them all guesses a value right once in 32."""
+# Short passages are learned from first; in long ones a fact is far away.
+_NUM_FACTS = (2, 3, 4, 6, 8, 12)
 
 
 def needle_text(num_passages: int, seed: int) -> str:
     """Passages of facts, each stated and then repeated three times as often: text that teaches to look facts up.
 
-    Every fact is a line, `{key} {value}`; a passage has 2 to 8 keys, an empty line ends it.
+    Every fact is a line, `{key} {value}`; a passage has 2 to 12 keys, an empty line ends it.
     """
     random = Random(mixed_seed(seed, "needle text"))
     return "\n".join(_passage(random) for _ in range(num_passages))
 
 
 def _passage(random: Random) -> str:
-    facts = [TEMPLATE.format(key=key, value=random.choice(VALUES)) for key in random.sample(KEYS, random.randint(2, 8))]
+    facts = [
+        TEMPLATE.format(key=key, value=random.choice(VALUES)) for key in random.sample(KEYS, random.choice(_NUM_FACTS))
+    ]
     return "".join([*facts, *random.choices(facts, k=3 * len(facts))])
 
 

@@ -146,7 +146,8 @@ def test_rows_may_be_reordered_selected_and_repeated_between_steps():
         before = state.sequences
         cache.reorder_cache(order)
         moved = one_step(model, token[order], cache)
-        assert state.sequences[0] is before[2] and state.sequences[1] is before[0]
+        assert state.sequences[0] is before[2]
+        assert state.sequences[1] is before[0]
         assert state.sequences[2] is not before[2]
         assert len({id(sequence) for sequence in state.sequences}) == 3
     for row, source in enumerate(order.tolist()):
