@@ -94,8 +94,6 @@ def _from_text(args: argparse.Namespace) -> "Observed":
 
 
 def _from_images(args: argparse.Namespace) -> "Observed":
-    import io
-
     import torch
     from tqdm import tqdm
 
@@ -113,7 +111,7 @@ def _from_images(args: argparse.Namespace) -> "Observed":
     keys = source.keys[: args.sequences]
     with torch.no_grad(), observed_trunk(getattr(model, args.part)) as observed:
         for number, key in enumerate(tqdm(keys, unit="image")):
-            picture = read_image(io.BytesIO(source.read(number)), name=key)
+            picture = read_image(source.read(number), name=key)
             image = to_tensor(resize_shorter_center_crop(picture, size))[None].to(model.device)
             encoded = encode_images(model, image, [key], seed=args.seed)
             if args.part == "decoder":
