@@ -53,6 +53,7 @@ AT_MODULE_LEVEL = {
     "shtab": set(),
     "gradio": {"demo"},
     "spacy": set(),
+    "optuna": set(),
 }
 # These parts may not import the library at all.
 NEVER = {

@@ -121,6 +121,5 @@ def _from_images(args: argparse.Namespace) -> "Observed":
                     keep_k=model.num_registers,
                     seed=args.seed,
                     timesteps=args.sampler_steps,
-                    verbose=False,
                 )
     return observed

@@ -36,6 +36,7 @@ from flextok.attention.sparse.selection import Selection
 from flextok.attention.sparse.sink import SinkMasker, SinkMaskerConfig
 from flextok.attention.sparse.top_k import TopKMasker
 from flextok.attention.sparse.top_p import TopPMasker
+from flextok.attention.sparse.windowed import windowed_attention
 
 __all__ = [
     "AdaptiveSamplingMasker",
@@ -87,4 +88,5 @@ __all__ = [
     "to_block_mask",
     "to_mask_mod",
     "to_score_mod",
+    "windowed_attention",
 ]

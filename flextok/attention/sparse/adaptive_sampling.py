@@ -27,7 +27,7 @@ from flextok.attention.sparse.mask import Mask
 from flextok.attention.sparse.masker import SamplingMasker, candidates, full_like
 from flextok.attention.sparse.random_sampling import uniform_noise
 from flextok.attention.sparse.registry import MaskerRegistry
-from flextok.attention.sparse.scores import logits
+from flextok.attention.sparse.scores import allowed_pairs, logits
 
 
 @dataclass
@@ -91,6 +91,9 @@ class AdaptiveSamplingMasker(SamplingMasker):
         key = torch.arange(num_keys, device=keys.device)
         residual = candidates(previous_mask, attention_mask) & (key >= start) & (key < stop)
         probability = previous_mask.get_dense_mask().to(scores.dtype)
+        allowed = allowed_pairs(attention_mask, scores.shape)
+        if allowed is not None:
+            probability = probability * allowed
         num_residual = residual.sum(-1, keepdim=True)
         # Over keys that count: another one's large logit would make all of them underflow.
         highest = scores.masked_fill(~(residual | (probability > 0)), float("-inf")).amax(-1, keepdim=True)

@@ -13,7 +13,7 @@ from torch import Tensor
 from flextok.attention.sparse.config import Number
 from flextok.attention.sparse.mask import Mask
 from flextok.attention.sparse.masker import FixedMasker, all_columns, full_like, with_chosen
-from flextok.attention.sparse.selection import Selection, merge_selections
+from flextok.attention.sparse.selection import Selection, nothing_selected
 
 
 class KeyRange(NamedTuple):
@@ -75,21 +75,19 @@ class GeometricMasker(FixedMasker):
         chosen = ((key >= start) & (key < stop)).broadcast_to(num_queries, num_keys)
         return with_chosen(previous_mask, chosen.expand(previous_mask.shape))
 
-    @torch.no_grad()
-    def select(
+    def _select(
         self,
         keys: Tensor,
         queries: Tensor,
         attention_mask: Tensor | None,
-        scaling: Number,
         sparse_meta_data: dict[Any, Any] | None,
         previous: Selection,
         **kwargs: Any,
     ) -> Selection:
         _, _, num_queries, num_keys = self._extract_tensor_dimensions(keys, queries)
         found = self.key_range(num_queries, num_keys)
-        if found is None or previous.is_everything(num_keys):
-            return previous
+        if found is None:
+            return nothing_selected(queries)
         if found.covers_all(num_queries, num_keys):
             return all_columns(queries, keys)
         position = _positions(queries, num_keys)[:, None]
@@ -98,7 +96,7 @@ class GeometricMasker(FixedMasker):
         inside = columns < stop
         shape = (*queries.shape[:3], columns.shape[-1])
         probabilities = inside.broadcast_to(num_queries, shape[-1]).float().expand(shape)
-        return merge_selections(previous, Selection(columns.broadcast_to(shape[2:]).expand(shape), probabilities))
+        return Selection(columns.broadcast_to(shape[2:]).expand(shape), probabilities)
 
 
 def _positions(queries: Tensor, num_keys: int) -> Tensor:

@@ -21,8 +21,8 @@ from flextok.attention.sparse.config import (
 from flextok.attention.sparse.hat_weights import HatWeights, check_hat_weights, load_hat_weights
 from flextok.attention.sparse.masker import all_columns, check_grown, layer_of, state_of
 from flextok.attention.sparse.registry import MaskerRegistry
-from flextok.attention.sparse.scores import additive_bias, allowed_pairs, check_shapes, repeat_heads, work_dtype
-from flextok.attention.sparse.selection import Selection, columns_of, merge_selections
+from flextok.attention.sparse.scores import additive_bias, allowed_pairs, repeat_heads, work_dtype
+from flextok.attention.sparse.selection import Selection, columns_of, nothing_selected
 from flextok.attention.sparse.signatures import hamming_distance, pack_bits
 from flextok.attention.sparse.top_k import TopKMasker, largest, nearest
 
@@ -71,16 +71,11 @@ class HashAttentionTopKMaskerConfig(TopKMaskerConfig):
         for layer, parts in weights.items():
             for side in ("query", "key"):
                 widths = [matrix.shape[2] for matrix in parts[f"{side}_matrix"]]
-                stated = {"hat_mlp_layers": self.hat_mlp_layers, "hat_bits": self.hat_bits}
-                real = {"hat_mlp_layers": len(widths), "hat_bits": widths[-1]}
-                for i, width in enumerate(widths[:-1]):
-                    stated[f"hat_mlp_hidden_size of {i}"] = self.hat_mlp_hidden_size
-                    real[f"hat_mlp_hidden_size of {i}"] = width
-                for option, value in stated.items():
-                    if real.get(option, value) != value:
-                        raise ValueError(
-                            f"{option.split()[0]}={value}, but {name}[{layer}], {side}, has {real[option]}"
-                        )
+                real = [("hat_mlp_layers", len(widths)), ("hat_bits", widths[-1])]
+                real += [("hat_mlp_hidden_size", width) for width in widths[:-1]]
+                for option, value in real:
+                    if getattr(self, option) != value:
+                        raise ValueError(f"{option}={getattr(self, option)}, but {name}[{layer}], {side}, has {value}")
 
 
 @MaskerRegistry.register(HashAttentionTopKMaskerConfig)
@@ -112,22 +107,19 @@ class HashAttentionTopKMasker(TopKMasker):
         distance = self._distance(queries, keys, sparse_meta_data, layer_of(self, kwargs))
         return self._scores_of(distance, attention_mask)
 
-    @torch.no_grad()
-    def select(
+    def _select(
         self,
         keys: Tensor,
         queries: Tensor,
         attention_mask: Tensor | None,
-        scaling: Number,
         sparse_meta_data: dict[Any, Any] | None,
         previous: Selection,
         **kwargs: Any,
     ) -> Selection:
         num_keys = keys.shape[2]
         size = num_keys_of(self.config.heavy_size, num_keys)
-        if size == 0 or previous.is_everything(num_keys):
-            return previous
-        check_shapes(queries, keys)
+        if size == 0:
+            return nothing_selected(queries)
         if size >= num_keys:
             return all_columns(queries, keys)
         distance = self._distance(queries, keys, sparse_meta_data, layer_of(self, kwargs))
@@ -140,7 +132,7 @@ class HashAttentionTopKMasker(TopKMasker):
         else:
             chosen = largest(self._scores_of(distance, attention_mask), size, is_candidate)
         columns, is_entry = columns_of(chosen)
-        return merge_selections(previous, Selection(columns, is_entry.float()))
+        return Selection(columns, is_entry.float())
 
     def _scores_of(self, distance: Tensor, attention_mask: Tensor | None) -> Tensor:
         """Agreeing less differing bits, plus an additive attention mask."""

@@ -19,7 +19,7 @@ from flextok.attention.sparse.mask import Mask
 from flextok.attention.sparse.masker import SamplingMasker, check_grown, layer_of, state_of
 from flextok.attention.sparse.registry import MaskerRegistry
 from flextok.attention.sparse.scores import check_shapes, grouped
-from flextok.attention.sparse.selection import Selection, columns_of, merge_selections, rows_at
+from flextok.attention.sparse.selection import Selection, columns_of, rows_at
 
 
 @dataclass
@@ -47,7 +47,7 @@ class MagicPigConfig(SamplingMaskerConfig):
         self.packing = checked_choice("packing", self.packing, ("int64", "float32"))
         if self.packing == "int64" and self.lsh_k > 64:
             raise ValueError(f"lsh_k={self.lsh_k}; valid: up to 64 bits with packing=int64")
-        self.seed = checked_int("seed", self.seed, 0)
+        self.seed = checked_int("seed", self.seed, -(2**62))
         self.min_tables = checked_int("min_tables", self.min_tables, 1)
         if self.min_tables > 2:
             raise ValueError(f"min_tables={self.min_tables}; valid: 1 or 2")
@@ -97,19 +97,15 @@ class MagicPig(SamplingMasker):
             Mask.create_mask_from_dense_mask(previous_mask.shape, value, torch.float32, validate=False)
         )
 
-    @torch.no_grad()
-    def select(
+    def _select(
         self,
         keys: Tensor,
         queries: Tensor,
         attention_mask: Tensor | None,
-        scaling: Number,
         sparse_meta_data: dict[Any, Any] | None,
         previous: Selection,
         **kwargs: Any,
     ) -> Selection:
-        if previous.is_everything(keys.shape[2]):
-            return previous
         hashed, directions, found = self._find(queries, keys, sparse_meta_data, layer_of(self, kwargs))
         columns, is_entry = columns_of(found)
         by_head = columns.reshape(*directions.shape[:3], columns.shape[-1])
@@ -118,7 +114,7 @@ class MagicPig(SamplingMasker):
         lengths = hashed.lengths[:, :, None].expand(*by_head.shape[:3], -1).gather(-1, by_head)
         cosine = ((centred @ directions[..., None])[..., 0] / lengths).reshape(columns.shape)
         probability = collision_probability(cosine, self.tables, self.config.min_tables).float()
-        return merge_selections(previous, Selection(columns, probability * is_entry))
+        return Selection(columns, probability * is_entry)
 
     def _find(
         self, queries: Tensor, keys: Tensor, sparse_meta_data: dict[Any, Any] | None, layer: int

@@ -21,7 +21,7 @@ from flextok.attention.sparse.config import MaskerConfig, Number
 from flextok.attention.sparse.mask import Mask
 from flextok.attention.sparse.registry import MaskerRegistry
 from flextok.attention.sparse.scores import allowed_pairs, check_shapes
-from flextok.attention.sparse.selection import Selection
+from flextok.attention.sparse.selection import Selection, merge_selections, nothing_selected
 
 
 class AttentionTensorDimensions(NamedTuple):
@@ -35,7 +35,7 @@ class AttentionTensorDimensions(NamedTuple):
 
 
 class ResearchMasker(ABC):
-    """A rule of selection. Subclasses register a configuration and implement `add_mask`; `select` where they can.
+    """A rule of selection. Subclasses register a configuration and implement `add_mask`, and `_select` where they can.
 
     What `add_mask` has to hold: a full `previous_mask` is returned at once; no value falls; inputs stay unchanged.
     """
@@ -69,22 +69,44 @@ class ResearchMasker(ABC):
             kwargs: `layer_idx` (int) and `generator` (`torch.Generator`); others are ignored.
         """
 
+    @torch.no_grad()
     def select(
         self,
         keys: Tensor,
         queries: Tensor,
-        attention_mask: Tensor | None,
-        scaling: Number,
-        sparse_meta_data: dict[Any, Any] | None,
-        previous: Selection,
+        attention_mask: Tensor | None = None,
+        sparse_meta_data: dict[Any, Any] | None = None,
+        previous: Selection | None = None,
         **kwargs: Any,
     ) -> Selection:
-        """The same as `add_mask` by lists of columns, for rules that need no logits: no `(Sq, Sk)` values are stored.
+        """The same as `add_mask` by lists of columns, for rules that need no logits: nothing of (Sq, Sk) is stored.
+
+        Args:
+            previous: what earlier maskers chose; None for nothing.
 
         Raises:
             ValueError: this rule cannot.
         """
-        raise ValueError(f"{type(self).__name__} needs all scores, it has no `select`; use `build_mask`")
+        check_shapes(queries, keys)
+        num_keys = keys.shape[2]
+        if previous is None:
+            previous = nothing_selected(queries)
+        if previous.is_everything(num_keys):
+            return previous
+        chosen = self._select(keys, queries, attention_mask, sparse_meta_data, previous, **kwargs)
+        return chosen if chosen.is_everything(num_keys) else merge_selections(previous, chosen)
+
+    def _select(
+        self,
+        keys: Tensor,
+        queries: Tensor,
+        attention_mask: Tensor | None,
+        sparse_meta_data: dict[Any, Any] | None,
+        previous: Selection,
+        **kwargs: Any,
+    ) -> Selection:
+        """What this rule adds to `previous`, or all of what it chooses."""
+        raise ValueError(f"{type(self).__name__} needs all scores, it cannot select; use `build_mask`")
 
     @classmethod
     def create_from_config(cls, config: Any) -> "ResearchMasker":

@@ -17,7 +17,7 @@ from flextok.attention.sparse.mask import Mask
 from flextok.attention.sparse.masker import SamplingMasker, all_columns, full_like
 from flextok.attention.sparse.registry import MaskerRegistry
 from flextok.attention.sparse.scores import check_shapes
-from flextok.attention.sparse.selection import Selection, merge_selections
+from flextok.attention.sparse.selection import Selection
 
 
 @dataclass
@@ -63,24 +63,19 @@ class RandomSamplingMasker(SamplingMasker):
         )
         return previous_mask.merge_mask(drawn)
 
-    @torch.no_grad()
-    def select(
+    def _select(
         self,
         keys: Tensor,
         queries: Tensor,
         attention_mask: Tensor | None,
-        scaling: Number,
         sparse_meta_data: dict[Any, Any] | None,
         previous: Selection,
         **kwargs: Any,
     ) -> Selection:
-        if previous.is_everything(keys.shape[2]):
-            return previous
-        check_shapes(queries, keys)
         count = self._count(keys)
         if count >= keys.shape[2]:
             return all_columns(queries, keys)
-        return merge_selections(previous, self._draw(queries, keys, count, kwargs.get("generator")))
+        return self._draw(queries, keys, count, kwargs.get("generator"))
 
     def _count(self, keys: Tensor) -> int:
         return max(1, int(self.config.sampling_rate * keys.shape[2]))

@@ -6,14 +6,13 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from flextok.attention.sparse.attention import masked_attention
 from flextok.attention.sparse.config import Given, MaskerConfig, Number
 from flextok.attention.sparse.gathered import gathered_attention
 from flextok.attention.sparse.mask import Mask
 from flextok.attention.sparse.masker import ResearchMasker, SamplingMasker, all_columns
-from flextok.attention.sparse.registry import MaskerRegistry
 from flextok.attention.sparse.scores import check_shapes
 from flextok.attention.sparse.selection import Selection, nothing_selected
 
@@ -31,8 +30,15 @@ class ResearchAttention:
     """Maskers in their order. The usual one is sink, local, heavy hitters, sampler."""
 
     def __init__(self, maskers: Sequence[ResearchMasker]) -> None:
-        """ValueError if more than one masker draws at random: probabilities of a union could not be known."""
+        """ValueError if more than one masker draws at random, or two of a kind keep what they know of keys.
+
+        Probabilities of a union of draws could not be known; and what is known of keys is stored by kind and layer.
+        """
         check_one_sampler([type(masker) for masker in maskers])
+        caching = [type(masker).__name__ for masker in maskers if getattr(masker.config, "cache_keys", False)]
+        twice = {name for name in caching if caching.count(name) > 1}
+        if twice:
+            raise ValueError(f"masker_configs holds several {twice.pop()} with cache_keys; valid: one, or without it")
         self.maskers = tuple(maskers)
 
     @classmethod
@@ -43,7 +49,6 @@ class ResearchAttention:
         for place, masker_config in enumerate(config.masker_configs):
             if not isinstance(masker_config, MaskerConfig):
                 raise ValueError(f"masker_configs[{place}]={masker_config!r}; valid: a MaskerConfig")
-        check_one_sampler([MaskerRegistry.get_masker_class(type(each)) for each in config.masker_configs])
         _warn_of_offsets(config.masker_configs)
         return cls([ResearchMasker.create_masker_from_config(each) for each in config.masker_configs])
 
@@ -81,7 +86,7 @@ class ResearchAttention:
 
     def custom_attention(
         self,
-        module: nn.Module | None,
+        module: Any,
         queries: Tensor,
         keys: Tensor,
         values: Tensor,
@@ -93,19 +98,20 @@ class ResearchAttention:
     ) -> tuple[Tensor, Tensor]:
         """Attention from all logits: output `(B, Sq, H, Dv)` and weights `(B, H, Sq, Sk)`, as `masked_attention`.
 
-        `module` says whether it is training, which is when dropout acts.
+        `module`, if it is not None, says by `training` whether dropout acts, and by `layer_idx` which layer it is where
+        the arguments do not.
         """
+        if hasattr(module, "layer_idx"):
+            kwargs = {"layer_idx": module.layer_idx} | kwargs
         mask = self.build_mask(queries, keys, values, attention_mask, scaling, dropout, sparse_meta_data, **kwargs)
-        training = module is not None and module.training
+        training = bool(getattr(module, "training", False))
         return masked_attention(queries, keys, values, mask, scaling, attention_mask, dropout, training)
 
-    @torch.no_grad()
     def select(
         self,
         queries: Tensor,
         keys: Tensor,
         attention_mask: Tensor | None,
-        scaling: Number,
         sparse_meta_data: dict[Any, Any] | None,
         **kwargs: Any,
     ) -> Selection:
@@ -121,7 +127,6 @@ class ResearchAttention:
                 keys=keys,
                 queries=queries,
                 attention_mask=attention_mask,
-                scaling=scaling,
                 sparse_meta_data=sparse_meta_data,
                 previous=selection,
                 **kwargs,
@@ -143,7 +148,7 @@ class ResearchAttention:
         Raises:
             ValueError: a masker of the list chooses by all logits.
         """
-        selection = self.select(queries, keys, attention_mask, scaling, sparse_meta_data, **kwargs)
+        selection = self.select(queries, keys, attention_mask, sparse_meta_data, **kwargs)
         return gathered_attention(queries, keys, values, selection, scaling, attention_mask)
 
 

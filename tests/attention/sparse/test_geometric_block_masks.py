@@ -17,6 +17,7 @@ from flextok.attention.sparse import (
     to_block_mask,
     to_mask_mod,
     to_score_mod,
+    windowed_attention,
 )
 from flextok.attention.sparse.block_mask import tiles_of_ranges
 from tests.attention.sparse.problems import problems
@@ -46,7 +47,7 @@ def dense_of(specs, num_queries, num_keys):
     return attention_of(specs).build_mask(q, k, k, None, 1.0, 0.0, {}).get_dense_mask()[0, 0] > 0
 
 
-@settings(max_examples=200)
+@settings(max_examples=100)
 @given(specs=geometric_specs, num_queries=lengths, num_keys=lengths, block_size=st.sampled_from([1, 4, 16, 128]))
 def test_function_and_block_mask_are_the_mask(specs, num_queries, num_keys, block_size):
     configs = build_config(specs).masker_configs
@@ -67,6 +68,29 @@ def test_function_and_block_mask_are_the_mask(specs, num_queries, num_keys, bloc
     assert (visible[every] == 1).all()
     if len(specs) == 1:
         assert torch.equal(every, visible == 1)
+
+
+@given(problem=problems(dtypes=(torch.float32,)), specs=geometric_specs, chunk_size=st.sampled_from([1, 4, 128]))
+def test_windowed_attention_is_masked_attention(problem, specs, chunk_size):
+    q, k, v, attention_mask, _ = problem
+    mask = attention_of(specs).build_mask(q, k, v, attention_mask, 0.4, 0.0, {})
+    expected, _ = masked_attention(q, k, v, mask, 0.4, attention_mask)
+    configs = build_config(specs).masker_configs
+    output = windowed_attention(q, k, v, configs, 0.4, attention_mask, chunk_size)
+    assert_close(output, expected, rtol=0, atol=3e-5)
+
+
+def test_windowed_attention_has_the_gradients_of_masked_attention():
+    specs = [{"type": "SinkMasker", "sink_size": 3}, {"type": "LocalMasker", "window_size": 5, "mode": "centered"}]
+    tensors = [torch.randn(1, 2, 40, 8, requires_grad=True) for _ in range(3)]
+    mask = attention_of(specs).build_mask(*tensors, None, 0.4, 0.0, {})
+    outputs = (
+        masked_attention(*tensors, mask, 0.4)[0],
+        windowed_attention(*tensors, build_config(specs).masker_configs, 0.4, chunk_size=16),
+    )
+    weights = torch.randn(outputs[0].shape)
+    expected, actual = (torch.autograd.grad((output * weights).sum(), tensors) for output in outputs)
+    assert_close(actual, expected, rtol=0, atol=3e-5)
 
 
 class Largest(TorchFunctionMode):

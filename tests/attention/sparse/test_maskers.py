@@ -9,6 +9,7 @@ from torch.testing import assert_close
 from flextok.attention.sparse import Mask, ResearchAttention, ResearchAttentionConfig, SinkMaskerConfig
 from flextok.attention.sparse.lsh import Tables, collision_probability
 from flextok.attention.sparse.signatures import hamming_distance, pack_bits, popcount, popcount_by_arithmetic
+from flextok.attention.sparse.top_p import heaviest
 from tests.attention.sparse.problems import hash_weights, specs
 from tests.attention.sparse.vectors import attention_of, mask_of
 
@@ -121,6 +122,14 @@ def test_top_p_is_a_share_of_what_is_left_and_leaves_full_rows_alone():
     assert add(spec, (q, k, k), previous).flatten().tolist() == [1, 1, 0, 0]
     half = torch.full((1, 1, 1, 4), 0.5)
     assert torch.equal(add(spec, (q, k, k), mask_of(half)), half)
+
+
+def test_top_p_takes_one_key_more_where_the_sum_is_exactly_the_share():
+    scores = torch.randn(1, 8)
+    sums = scores.softmax(-1).sort(descending=True).values.cumsum(-1)[0]
+    for rank in range(7):
+        chosen = heaviest(scores, sums[rank].item(), torch.ones(1, 8, dtype=torch.bool))
+        assert chosen.sum() == rank + 2
 
 
 # --- HashAttention ----------------------------------------------------------------------------------------------------
@@ -329,6 +338,19 @@ def test_adaptive_sampling_survives_terms_that_all_underflow():
     assert ((values >= 0) & (values <= 1)).all()
 
 
+def test_keys_that_are_held_but_not_allowed_are_no_part_of_the_budget():
+    """A forbidden key with nearly all of the weight: counted, it would make any error of the others small."""
+    q, k, v = problem(num_keys=400)
+    k[:, :, 0] = 3 * q[:, :1, 0]
+    previous = torch.zeros(1, 2, 1, 400)
+    previous[..., 0] = 1
+    allowed = (torch.arange(400) > 0).expand(1, 1, 1, 400)
+    for attention_mask in (allowed, torch.zeros(1, 1, 1, 400).masked_fill(~allowed, float("-inf"))):
+        drawn = add(adaptive(epsilon=0.05), (q, k, v), mask_of(previous), attention_mask)[..., 1:]
+        alone = add(adaptive(epsilon=0.05), (q, k[:, :, 1:], v[:, :, 1:]))
+        assert (drawn > 0).double().mean() == pytest.approx((alone > 0).double().mean(), rel=0.25)
+
+
 @pytest.mark.parametrize("generator", [None, torch.Generator()])
 def test_generators_are_optional(generator):
     values = add(adaptive(), problem(), generator=generator)
@@ -345,6 +367,13 @@ def test_two_samplers_are_refused():
     config = ResearchAttentionConfig(configs)
     with pytest.raises(ValueError, match="2 samplers"):
         ResearchAttention.create_from_config(config)
+
+
+def test_two_maskers_of_a_kind_cannot_both_keep_keys():
+    chosen = [hash_spec(hash_weights(2, seed=seed)) for seed in (0, 1)]
+    attention_of(chosen)
+    with pytest.raises(ValueError, match="several HashAttentionTopKMasker with cache_keys"):
+        attention_of([spec | {"cache_keys": True} for spec in chosen])
 
 
 def test_other_types_than_a_config_are_refused():
@@ -368,6 +397,18 @@ def test_the_order_matters_only_to_rules_that_look():
     for order in (AROUND, AROUND[::-1]):
         masks.append(attention_of(order).build_mask(*tensors, None, 0.3, 0.0, {}).get_dense_mask())
     assert torch.equal(*masks)
+
+
+def test_the_module_says_which_layer_it_is_and_whether_it_trains():
+    tensors, state = problem(num_keys=300), {}
+    module = torch.nn.Module()
+    module.layer_idx = 3
+    output = attention_of([pig(20, 2)]).custom_attention(module.eval(), *tensors, None, 0.3, 0.5, state)[0]
+    assert list(state["projections"]) == [3]
+    again = attention_of([pig(20, 2)]).custom_attention(module, *tensors, None, 0.3, 0.0, {}, layer_idx=3)[0]
+    assert torch.equal(output, again)
+    trained = attention_of([pig(20, 2)]).custom_attention(module.train(), *tensors, None, 0.3, 0.5, {})[0]
+    assert not torch.equal(output, trained)
 
 
 def test_choosing_makes_no_gradients():

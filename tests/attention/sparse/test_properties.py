@@ -120,6 +120,22 @@ def test_flex_attention_agrees_with_masked_attention(problem):
     assert_close(flex, expected, rtol=0, atol=TOLERANCE[q.dtype])
 
 
+@pytest.mark.parametrize(("num_queries", "num_keys"), [(37, 201), (1, 201)])
+def test_conversions_agree_over_several_tiles(num_queries, num_keys):
+    q, k, v = torch.randn(2, 4, num_queries, 16), torch.randn(2, 2, num_keys, 16), torch.randn(2, 2, num_keys, 16)
+    values = torch.rand(2, 4, num_queries, num_keys) * (torch.rand(2, 4, num_queries, num_keys) < 0.3)
+    values[:, :, 0] = (values[:, :, 0] > 0).float()
+    values[0, :, -1] = 0
+    bias = torch.randn(2, 1, num_queries, num_keys + 4)
+    mask = Mask.create_mask_from_dense_mask(values.shape, values, torch.float32)
+    for attention_mask in (None, bias, bias > -1):
+        expected, _ = masked_attention(q, k, v, mask, 0.25, attention_mask)
+        assert_close(gathered_attention(q, k, v, mask, 0.25, attention_mask), expected, rtol=0, atol=1e-5)
+        for block_size in (64, 128):
+            flex = flex_masked_attention(q, k, v, mask, 0.25, attention_mask, block_size)
+            assert_close(flex, expected, rtol=0, atol=1e-5)
+
+
 @given(problem=problems(kinds=("none", "bool")))
 def test_no_maskers_are_dense_attention(problem):
     q, k, v, attention_mask, _ = problem
@@ -142,7 +158,9 @@ def test_selecting_columns_chooses_what_the_mask_holds(problem, names):
     call = problem.arguments(layer_idx=0, generator=problem.generator)
     mask = attention.build_mask(**call)
     problem.generator.set_state(state)
-    call = {name: x for name, x in call.items() if name not in ("values", "dropout")} | {"sparse_meta_data": {}}
+    call = {name: x for name, x in call.items() if name not in ("values", "dropout", "scaling")} | {
+        "sparse_meta_data": {}
+    }
     columns, probabilities = attention.select(**call)
     found = torch.zeros(*problem.shape[:-1], problem.shape[-1] + 1)
     place = torch.where(probabilities > 0, columns, problem.shape[-1])
@@ -169,4 +187,4 @@ def test_rules_that_need_all_logits_say_that_they_cannot_select(name):
     attention = attention_of([specs(2)[name]])
     q, k = torch.randn(1, 2, 1, 8), torch.randn(1, 1, 9, 8)
     with pytest.raises(ValueError, match="needs all scores"):
-        attention.select(q, k, None, 1.0, {}, layer_idx=0)
+        attention.select(q, k, None, {}, layer_idx=0)

@@ -197,7 +197,19 @@ def test_as_many_keys_are_drawn_as_the_bound_says(num_keys, epsilon, delta, head
     expected = min(max(math.ceil(bound), int(0.2 * len(rest))), len(rest))
     drawn = float(((values > 0).sum(-1) - (held > 0).sum()).double().mean())
     report(f"{num_keys} keys, epsilon {epsilon}: 800 draws, {drawn:.1f} keys on average, formula {expected}")
-    assert 0.6 <= drawn / expected <= 1.6
+    assert 0.85 <= drawn / expected <= 1.15
+
+
+def test_the_budget_is_the_bound_of_the_paper():
+    """By hand, from one base sample: two-sided, rounded up."""
+    masker = attention_of([adaptive(0.1, 0.05)]).maskers[0]
+    terms = torch.rand(1, 1, 1, 900, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    base = torch.arange(900).reshape(terms.shape) < 30
+    sizes = [torch.full((1, 1, 1, 1), n) for n in (30, 900)]
+    budget = masker._budget(terms, base, sizes[0], torch.full((1, 1, 1, 1), 5.0).double(), sizes[1])
+    sample = terms[base]
+    expected = (1.959964 * 900 * sample.std() / (0.1 * (5 + 900 * sample.mean()))) ** 2
+    assert int(budget) == math.ceil(expected) > 30
 
 
 @pytest.mark.parametrize("head", [[], AROUND])
