@@ -74,6 +74,8 @@ def prepared(tmp_path_factory):
         for i in range(6):
             Image.new("RGB", (40, 30), (40 * i, 90, 120)).save(f"my_images/{i}.jpg")
         shutil.copy("my_images/0.jpg", "cat.jpg")
+        for name in ("my_text.txt", "my_other_text.txt"):
+            Path(name).write_text("Once upon a time there was a small model. " * 50)
         write_data_sets(sorted(Path("my_images").iterdir()))
         steps = (
             "size.registers=16",
@@ -138,6 +140,12 @@ def run_flextok(arguments, caplog):
     assert main(arguments) == 0
 
 
+def run_train_lm(arguments, caplog):
+    """A few small steps."""
+    quick = ["--steps", "2", "--batch-size", "2", "--width", "16", "--heads", "2", "--device", "cpu"]
+    run_flextok(["train-lm", *arguments, *quick], caplog)
+
+
 def run_demo(arguments, caplog):
     """Not served: its options are known, and its models load."""
     from flextok.cli import build_parser
@@ -176,6 +184,7 @@ COMMANDS = {
     ("python", "train.py"): run_train,
     ("python", "eval.py"): run_eval,
     ("python", "-m", "flextok", "demo"): run_demo,
+    ("python", "-m", "flextok", "train-lm"): run_train_lm,
     ("python", "-m", "flextok"): run_flextok,
     ("python", "-m"): run_benchmark,
     ("torchrun",): run_torchrun,

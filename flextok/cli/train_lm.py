@@ -4,8 +4,8 @@
   flextok train-lm my_questions.jsonl --out my_lm --layers 2 --width 64
 
 A line of a .jsonl file has the fields uuid, answers and paraphrases; each wording is an example,
-"Q: {wording}\\nA: {first answer}\\n". FOLDER is then one for AutoModelForCausalLM and AutoTokenizer of transformers. After
-an interruption the same command goes on. embedded:questions/train.jsonl comes with the package.
+"Q: {wording}\\nA: {first answer}\\n". FOLDER is then one for AutoModelForCausalLM and AutoTokenizer of
+transformers. After an interruption the same command goes on. embedded:questions/train.jsonl comes with the package.
 """
 
 import argparse

@@ -101,7 +101,7 @@ class SparseState(AttentionHandler):
             return causal_prefill(q, k, v, configs, scaling)
         mask = rows.mask_of(row)
         if num_queries == 1 and self._can_gather:
-            chosen = self.attention.select(q, k, mask, scaling, sequence.meta_data, **options)
+            chosen = self.attention.select(q, k, mask, sequence.meta_data, **options)
             if self.measure:
                 self._count(int((chosen.probabilities > 0).sum()), q, num_keys)
             return gathered_attention(q, k, v, chosen, scaling, mask)

@@ -29,12 +29,13 @@ class LanguageBatch(NamedTuple):
 
 
 def examples_of_step(
-    examples: Sequence[Example], step: int, *, batch_size: int, wordings: int, seed: int
+    examples: Sequence[Example], step: int, *, batch_size: int, wordings: int, word_dropout: float, seed: int
 ) -> list[Example]:
     """The examples of a step, each in its own wording, or with others of its question drawn beside it.
 
     Every example comes once in an epoch, in an order of that epoch. In half of the steps all are alone, in the others
-    there are 2 to `wordings` of each: examples of one step are about equally long, and little of it is padding.
+    there are 2 to `wordings` of each: examples of one step are about equally long, and little of it is padding. Of
+    wordings that are not alone a share of `word_dropout` of the tokens is left out, never the first.
     """
     rng = torch.Generator().manual_seed(mixed_seed(seed, "wordings", step))
     num_others = 0
@@ -49,8 +50,17 @@ def examples_of_step(
             orders[epoch] = torch.randperm(len(examples), generator=shuffled).tolist()
         (own, *others), ending = examples[orders[epoch][position]]
         drawn = torch.randperm(len(others), generator=rng)[:num_others].tolist()
-        chosen.append(Example([own, *(others[i] for i in drawn)], ending))
+        shown = [own, *(others[i] for i in drawn)]
+        if len(shown) > 1 and word_dropout > 0:
+            shown = [_thinned(wording, word_dropout, rng) for wording in shown]
+        chosen.append(Example(shown, ending))
     return chosen
+
+
+def _thinned(ids: list[int], share: float, rng: torch.Generator) -> list[int]:
+    stays = torch.rand(len(ids), generator=rng) >= share
+    stays[0] = True
+    return [token for token, one in zip(ids, stays.tolist(), strict=True) if one]
 
 
 def make_batch(examples: Sequence[Example], *, pad_token_id: int, device: torch.device) -> LanguageBatch:
@@ -67,12 +77,13 @@ def make_batch(examples: Sequence[Example], *, pad_token_id: int, device: torch.
 
 def _packed(example: Example) -> tuple[PackedPrompt, Tensor]:
     """What is read, without the last token, and the labels `[length]`."""
-    if len(example.beginnings) == 1:
-        ids = [*example.beginnings[0], *example.ending]
-        return pack_segments([ids[:-1]]), torch.tensor(ids[1:])
-    prompt = pack_segments(example.beginnings, tail=example.ending[:-1])
-    following = torch.tensor([*prompt.input_ids[1:].tolist(), example.ending[-1]])
+    wordings, ending = example
+    ids = [token for part in (*wordings, ending) for token in part]
+    labels = torch.tensor(ids[1:])
+    if len(wordings) == 1:
+        return pack_segments([ids[:-1]]), labels
+    prompt = pack_segments(wordings, tail=ending[:-1])
     # The last token of a wording has no next one: the ending follows all of them.
     for _, end in prompt.spans:
-        following[end - 1] = IGNORED
-    return prompt, following
+        labels[end - 1] = IGNORED
+    return prompt, labels

@@ -80,10 +80,10 @@ def train_tokenizer(documents: Iterable[Document], *, vocab_size: int, context: 
 
     tokenizer = Tokenizer(models.BPE())
     # Digits one by one, so that a number is written alike wherever it stands.
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(  # type: ignore[assignment]
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
     )
-    tokenizer.decoder = decoders.ByteLevel()  # type: ignore[assignment]
+    tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size,
         special_tokens=[BOS, EOS, PAD],
@@ -91,7 +91,7 @@ def train_tokenizer(documents: Iterable[Document], *, vocab_size: int, context: 
         show_progress=False,
     )
     tokenizer.train_from_iterator((document.text for document in documents), trainer)
-    tokenizer.post_processor = processors.TemplateProcessing(  # type: ignore[assignment]
+    tokenizer.post_processor = processors.TemplateProcessing(
         single=f"{BOS} $A", special_tokens=[(BOS, tokenizer.token_to_id(BOS))]
     )
     return wrap_tokenizer(tokenizer.to_str(), context=context)

@@ -184,6 +184,7 @@ class _Run:
             self.step,
             batch_size=settings.batch_size,
             wordings=settings.wordings,
+            word_dropout=settings.word_dropout,
             seed=settings.seed,
         )
         batch = self._batch(examples)
@@ -241,8 +242,12 @@ class _Run:
 
     def write(self, folder: Path) -> None:
         """The folder for transformers, which reads `dtype` of its config and so loads float32 whatever is stored."""
-        state = self.model.state_dict()
-        stored = {name: tensor.to("cpu", _DTYPES[self.settings.weights]) for name, tensor in state.items()}
+        stored: dict[str, Tensor] = {}
+        of_memory: dict[int, Tensor] = {}
+        for name, tensor in self.model.state_dict().items():
+            # Tied weights stay one tensor, which is then written once.
+            of_memory.setdefault(tensor.data_ptr(), tensor.to("cpu", _DTYPES[self.settings.weights]))
+            stored[name] = of_memory[tensor.data_ptr()]
         self.model.save_pretrained(folder, state_dict=stored)
         self.tokenizer.save_pretrained(folder)
 

@@ -35,6 +35,7 @@ class LanguageModelSettings:
     precision: str = _option("fp32", "bf16 trains with autocast; slower on most CPUs", PRECISIONS)
     weights: str = _option("fp32", "number format in the file; the model is loaded as fp32 anyway", WEIGHTS)
     wordings: int = _option(1, "JSON lines: half of the steps show 2 to so many wordings of a question side by side")
+    word_dropout: float = _option(0.0, "JSON lines: share of the tokens left out of wordings that stand side by side")
 
     def __post_init__(self) -> None:
         for name in ("layers", "width", "heads", "kv_heads", "context", "steps", "batch_size", "wordings"):
@@ -50,6 +51,8 @@ class LanguageModelSettings:
             raise ValueError(f"lr={self.lr}: it must be above 0")
         if not 0 <= self.weight_decay < float("inf"):
             raise ValueError(f"weight_decay={self.weight_decay}: it must be at least 0")
+        if not 0 <= self.word_dropout < 1:
+            raise ValueError(f"word_dropout={self.word_dropout}: it must be at least 0 and below 1")
         for name, valid in (("family", FAMILIES), ("precision", PRECISIONS), ("weights", WEIGHTS)):
             if getattr(self, name) not in valid:
                 raise ValueError(f"{name}={getattr(self, name)!r}: valid are {', '.join(valid)}")

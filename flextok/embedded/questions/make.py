@@ -20,7 +20,7 @@ import yaml
 
 HERE = Path(__file__).parent
 FACTS = ("countries", "elements", "books")
-LEARNED, KNOWN, NEW = 6, 2, 4
+LEARNED, KNOWN, NEW = 4, 1, 5
 
 
 class Fact(NamedTuple):
