@@ -133,11 +133,9 @@ def draw(report: Mapping[str, Any]) -> "Figure":
     for axes, name in zip(all_axes, names, strict=False):
         axes.axhline(dense[name], linestyle=":", linewidth=1, color=BOUND, label="dense")
         axes.set_ylabel(titles[name])
-    if "perplexity" in names:
-        all_axes[0].set_yscale("log")
     if lengths:
         all_axes[len(names)].axhline(1, linestyle=":", linewidth=1, color=BOUND, label="dense")
-        all_axes[len(names)].set_ylabel(f"speed of decoding at {lengths[-1]} tokens (dense = 1)")
+        all_axes[len(names)].set_ylabel(f"speed of decoding at {lengths[-1]} tokens\n(dense = 1)")
     for axes in all_axes:
         axes.set_xlabel("density: share of pairs attended to")
     all_axes[0].legend(frameon=False, fontsize=8)

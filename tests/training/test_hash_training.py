@@ -6,7 +6,9 @@ from dataclasses import replace
 import pytest
 import torch
 
+from flextok.attention.layout import layout_of
 from flextok.attention.sparse import build_config, load_hat_weights
+from flextok.model.trunks.transformers import FlexTransformer
 from flextok.sparse_lm import sparse_attention
 from flextok.training import hash_training
 from flextok.training.hash_data import LayerQueries, observe_language_model, observed_trunk
@@ -141,3 +143,30 @@ def test_queries_and_keys_of_a_language_model_are_its_own():
     assert torch.allclose(cache.layers[1].keys[0], observed[1].keys[0], atol=1e-5)
     with pytest.raises(ValueError, match="50 tokens are 1 windows of 40; valid: 2 windows or more"):
         observe_language_model(model, ids, context=40, windows=3)
+
+
+@torch.no_grad()
+def test_queries_and_keys_of_a_trunk_are_its_own():
+    """What is observed gives, by plain attention, what the first layer computed; results do not change."""
+    trunk = FlexTransformer("x", "y", block_mask_read_key="mask", dim=16, depth=2, head_dim=8)
+    x = random_ids(1, 10, 16).float() / 64 - 1
+    for mode, allowed in (("full", None), ("causal", torch.ones(10, 10, dtype=torch.bool).tril())):
+        data = {"x": x, "mask": layout_of([[4, 6]], mode=mode)}
+        before = trunk(dict(data))["y"]
+        with observed_trunk(trunk) as observed:
+            assert torch.equal(trunk(dict(data))["y"], before)
+        assert sorted(observed) == [0, 1]
+        assert observed[0].queries[0].shape == observed[1].keys[0].shape == (2, 10, 8)
+        found = observed[1].allowed[0]
+        assert found is None if allowed is None else torch.equal(found, allowed)
+        attention, norm = trunk.blocks[0].attn, trunk.blocks[0].norm1
+        logits = (observed[0].queries[0] @ observed[0].keys[0].mT) * attention.scale
+        if allowed is not None:
+            logits = logits.masked_fill(~allowed, float("-inf"))
+        values = attention.wv(norm(x)).unflatten(-1, (2, 8)).transpose(1, 2)[0]
+        expected = attention.proj((logits.softmax(-1) @ values).transpose(0, 1).flatten(1))
+        assert torch.allclose(attention(norm(x), None, data["mask"])[0], expected, atol=1e-5)
+        trunk(dict(data))
+        assert len(observed[0].queries) == 1
+    with observed_trunk(trunk), pytest.raises(ValueError, match="rows of one image each"):
+        trunk({"x": x, "mask": layout_of([[4], [6]])})
