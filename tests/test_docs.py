@@ -146,6 +146,18 @@ def run_train_lm(arguments, caplog):
     run_flextok(["train-lm", *arguments, *quick], caplog)
 
 
+def run_sparse_eval(arguments, caplog):
+    """A single needle."""
+    quick = ["--needles", "1", "--depths", "0.5", "--windows", "1", "--densities", "0.3", "--device", "cpu"]
+    run_flextok(["sparse-eval", *arguments, *quick], caplog)
+
+
+def run_train_hash(arguments, caplog):
+    """A few small steps."""
+    quick = ["--steps", "2", "--batch-size", "1", "--sequences", "4", "--sampler-steps", "1", "--device", "cpu"]
+    run_flextok(["train-hash", *arguments, *quick], caplog)
+
+
 def run_demo(arguments, caplog):
     """Not served: its options are known, and its models load."""
     from flextok.cli import build_parser
@@ -185,6 +197,8 @@ COMMANDS = {
     ("python", "eval.py"): run_eval,
     ("python", "-m", "flextok", "demo"): run_demo,
     ("python", "-m", "flextok", "train-lm"): run_train_lm,
+    ("python", "-m", "flextok", "train-hash"): run_train_hash,
+    ("python", "-m", "flextok", "sparse-eval"): run_sparse_eval,
     ("python", "-m", "flextok"): run_flextok,
     ("python", "-m"): run_benchmark,
     ("torchrun",): run_torchrun,

@@ -18,6 +18,7 @@ LIBRARY = {"flextok_wrapper", "vae_wrapper", "flow_matching", "regularizers", *M
 ALLOWED = {
     "attention": set(),
     "fusion": {"embedded", "hub_tables", "seeding", "utils", *ATTENTION},
+    "sparse_lm": {"evaluation", "seeding", *ATTENTION},
     "model": MODEL,
     "image_codec": MODEL,
     "vae_wrapper": {"image_codec", *MODEL},
@@ -55,7 +56,7 @@ AT_MODULE_LEVEL = {
     "skimage": set(),
     "torchvision": set(),
     "webdataset": set(),
-    "transformers": {"fusion"},
+    "transformers": {"fusion", "sparse_lm"},
     "datasets": set(),
     "litdata": set(),
     "pyarrow": set(),
@@ -65,7 +66,11 @@ AT_MODULE_LEVEL = {
     "optuna": set(),
 }
 # These parts may not import the library at all.
-NEVER = {"attention": {"diffusers", "lightning", "PIL"}, "fusion": {"diffusers", "lightning"}}
+NEVER = {
+    "attention": {"diffusers", "lightning", "PIL"},
+    "fusion": {"diffusers", "lightning"},
+    "sparse_lm": {"diffusers", "lightning"},
+}
 
 
 class Import(NamedTuple):

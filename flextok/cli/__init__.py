@@ -28,10 +28,13 @@ COMMANDS = {
     "fusion-lemmatize": "fill the lemmas of a file of answers, and print how many are right",
     "fusion-paraphrase": "let a language model reword questions",
     "latents": "encode a data set with the VAE once, so that training need not",
+    "needle-text": "write a text of facts on which a language model learns to look facts up",
     "prepare": "turn a folder of images or tar files into shards that training can stream",
     "reconstruct": "show an image and its reconstructions from more and more tokens",
     "show-mask": "show which tokens of a model attend to which, as text and as a picture",
+    "sparse-eval": "measure perplexity, needles found and speed of a language model under sparse attention",
     "tokenize": "write the tokens of a folder of images or of tar files",
+    "train-hash": "learn the hash projections of sparse attention from the queries and keys of a model",
     "train-lm": "train a small language model on texts or on questions and answers",
 }
 
