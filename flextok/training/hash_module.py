@@ -98,7 +98,7 @@ def _first_weights(layer: int, heads: int, width: int, bits: int, settings: Hash
     """Random, the same for queries and keys: as with random hyperplanes, what is alike agrees from the beginning."""
     generator = torch.Generator().manual_seed(mixed_seed(settings.seed, "hash weights", layer, bits))
     widths = [width, *[settings.hidden] * (settings.mlp_layers - 1), bits]
-    weights = {}
+    weights: dict[str, Tensor] = {}
     for i, (d_in, d_out) in enumerate(zip(widths, widths[1:], strict=False)):
         matrix = torch.randn(heads, d_in, d_out, generator=generator) / math.sqrt(d_in)
         for side in ("query", "key"):
