@@ -61,6 +61,7 @@ def test_one_run_has_a_table_and_a_plot_of_all_lists_beside_dense(model, tmp_pat
         assert {row["maskers"] for row in csv.DictReader(file)} == {"dense", "sink_local", "oracle_top_k", "random"}
 
 
+@pytest.mark.slow
 def test_batches_do_not_change_the_numbers_and_points_are_kept(model, tmp_path, caplog):
     lists = "evaluation.sparse=[oracle_top_k,random]"
     whole, _ = evaluate(model, tmp_path / "whole", lists, "evaluation.batch_size=4")

@@ -133,7 +133,7 @@ def test_a_killed_run_of_two_processes_goes_on_exactly(undisturbed, killed, tmp_
     assert "interrupted with" not in (tmp_path / "rank_0.log").read_text()
 
 
-@pytest.mark.parametrize("under_slurm", [False, True])
+@pytest.mark.parametrize("under_slurm", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_a_signal_to_one_of_two_processes_stops_both_at_the_same_step(undisturbed, tmp_path, under_slurm):
     told = signal_at("within the step", 4, rank=1, signum=int(signal.SIGTERM))
     overrides = (*TWO, "callbacks.last.every_n_steps=100", "ckpt_path=auto")

@@ -156,6 +156,7 @@ def test_what_grows_with_the_width_is_found_in_the_model(tmp_path):
     assert {(round(out), round(inputs)) for out, inputs in multiples.values()} == {(1, 2), (2, 1), (2, 2)}
 
 
+@pytest.mark.slow
 def test_a_run_resumes_exactly_and_is_a_usual_model(tmp_path):
     quick = ("mup_base_width=64", "callbacks.pictures=null", "callbacks.best=null", "trainer.max_steps=4")
     run(config(tmp_path / "full", 128, *quick))

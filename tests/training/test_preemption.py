@@ -54,7 +54,11 @@ def stopped(folder, *overrides):
     return error.value.code
 
 
-@pytest.mark.parametrize("signum", SIGNALS, ids=lambda signum: signum.name)
+@pytest.mark.parametrize(
+    "signum",
+    [SIGNALS[0], *(pytest.param(signum, marks=pytest.mark.slow) for signum in SIGNALS[1:])],
+    ids=lambda signum: signum.name,
+)
 def test_a_signalled_run_completes_its_step_and_goes_on_exactly(finished_run, tmp_path, caplog, signum):
     caplog.set_level("INFO")
     assert stopped(tmp_path, signal_at("within the step", 4, signum=int(signum))) == EXIT_CODE == 75

@@ -84,7 +84,10 @@ def test_batches_and_steps_are_the_published_ones(experiment):
     assert cfg.trainer.max_steps == round(250e9 / (images * 256))
 
 
-@pytest.mark.parametrize("experiment", RECIPES)
+@pytest.mark.parametrize(
+    "experiment",
+    [pytest.param(name, marks=pytest.mark.slow) if "d18" in name else name for name in RECIPES],
+)
 def test_two_steps_train_what_a_recipe_trains(experiment, source, teacher_folder, tmp_path):
     path, weights = source
     is_new = experiment.startswith("imagenet")
