@@ -17,8 +17,9 @@ MODEL = {"model", "utils", *ATTENTION}
 LIBRARY = {"flextok_wrapper", "vae_wrapper", "flow_matching", "regularizers", *MODEL}
 ALLOWED = {
     "attention": set(),
-    "fusion": {"embedded", "hub_tables", "seeding", "utils", *ATTENTION},
-    "sparse_lm": {"evaluation", "seeding", *ATTENTION},
+    "chosen_attention": set(),
+    "fusion": {"chosen_attention", "embedded", "hub_tables", "seeding", "utils", *ATTENTION},
+    "sparse_lm": {"chosen_attention", "evaluation", "seeding", *ATTENTION},
     "model": MODEL,
     "image_codec": MODEL,
     "vae_wrapper": {"image_codec", *MODEL},

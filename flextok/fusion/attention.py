@@ -23,6 +23,7 @@ from flextok.attention.masks.segments import GapKeys, segment_fusion
 from flextok.attention.plan import AttentionPlan
 from flextok.attention.reference import ScoreMod
 from flextok.attention.segment_blocks import segment_block_mask
+from flextok.chosen_attention import check_plain, chosen_attention
 from flextok.fusion.batch import PromptBatch
 
 NAME = "flextok_fusion"
@@ -150,23 +151,12 @@ class FusionMask:
 def fusion_attention(model: PreTrainedModel) -> Iterator[None]:
     """Let `model` attend as the `fusion_mask` of its call says; afterwards, and after an error, as before.
 
-    The choice is part of the model, so another thread must not run it meanwhile.
-
     Raises:
         ValueError: for a model whose attention cannot be chosen, or is more than a mask over all earlier tokens.
     """
     _check_support(model)
-    before = model.config._attn_implementation
-    try:
-        model.set_attn_implementation(NAME)
-        if model.config._attn_implementation != NAME:
-            raise ValueError(
-                f"{type(model).__name__} does not take its attention from transformers' AttentionInterface; "
-                "Llama, Qwen, Mistral and most other decoders of transformers 5 do"
-            )
+    with chosen_attention(model, NAME):
         yield
-    finally:
-        model.set_attn_implementation(before)
 
 
 def _check_support(model: PreTrainedModel) -> None:
@@ -203,14 +193,9 @@ def _attention(
     layer = getattr(module, "layer_idx", None)
     if fusion_mask is None or attention_mask is not None or layer is None:
         raise ValueError(f"attention {NAME!r} needs fusion_mask=..., and no other mask, in every call of the model")
-    not_ours = [name for name in ("softcap", "s_aux", "position_bias") if others.get(name) is not None]
     layer_types = getattr(getattr(module, "config", None), "layer_types", None)
-    if layer_types and layer_types[layer] == "sliding_attention" and sliding_window is None:
-        not_ours.append("a sliding window in the mask only")
-    if not_ours:
-        raise ValueError(f"{type(module).__name__} has {', '.join(not_ours)}, which attention {NAME!r} does not know")
-    if dropout:
-        raise ValueError("the model drops attention weights, as in training; call model.eval() first")
+    is_hidden = layer_types and layer_types[layer] == "sliding_attention" and sliding_window is None
+    check_plain(module, NAME, others, dropout, ["a sliding window in the mask only"] if is_hidden else [])
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     out = fusion_mask.attend(query, key, value, scale, window=sliding_window, layer=layer)
     return out.transpose(1, 2).contiguous(), None

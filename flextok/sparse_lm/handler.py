@@ -14,6 +14,8 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 from transformers.masking_utils import causal_mask_function, prepare_padding_mask, sdpa_mask
 
+from flextok.chosen_attention import check_plain, chosen_attention
+
 NAME = "flextok_sparse"
 """What the attention is called in `model.config._attn_implementation`."""
 
@@ -105,19 +107,12 @@ def handled_attention(model: PreTrainedModel, handler: AttentionHandler) -> Iter
         handler.begin_pass()
         return args, {**kwargs, "attention_handler": handler}
 
-    before = model.config._attn_implementation
     hook = model.register_forward_pre_hook(add_handler, with_kwargs=True)
     try:
-        model.set_attn_implementation(NAME)
-        if model.config._attn_implementation != NAME:
-            raise ValueError(
-                f"{type(model).__name__} does not take its attention from transformers' AttentionInterface; "
-                "Llama, Qwen, Mistral and most other decoders of transformers 5 do"
-            )
-        yield
+        with chosen_attention(model, NAME):
+            yield
     finally:
         hook.remove()
-        model.set_attn_implementation(before)
 
 
 def check_support(model: PreTrainedModel) -> None:
@@ -152,13 +147,7 @@ def _attention(
     layer = getattr(module, "layer_idx", None)
     if attention_handler is None or layer is None:
         raise ValueError(f"attention {NAME!r} works in a `with` block, in calls of the model that the block was given")
-    not_ours = [name for name in ("softcap", "s_aux", "position_bias") if others.get(name) is not None]
-    if sliding_window is not None:
-        not_ours.append("a sliding window")
-    if not_ours:
-        raise ValueError(f"{type(module).__name__} has {', '.join(not_ours)}, which attention {NAME!r} does not know")
-    if dropout:
-        raise ValueError("the model drops attention weights, as in training; call model.eval() first")
+    check_plain(module, NAME, others, dropout, [] if sliding_window is None else ["a sliding window"])
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
     rows = attention_handler.rows(attention_mask, query, key)
     return attention_handler.attend(layer, query, key, value, rows, scaling, sparse_meta_data).contiguous(), None
