@@ -10,10 +10,10 @@ goes on.
 """
 
 import argparse
-from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from flextok.cli.setting_options import add_setting_options, read_settings
 from flextok.training.hash_settings import HashSettings
 
 if TYPE_CHECKING:
@@ -41,14 +41,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--densities", metavar="D", nargs="+", type=float, default=(0.05, 0.1, 0.2, 0.4), help="(0.05 0.1 0.2 0.4)"
     )
-    for option in fields(HashSettings):
-        parser.add_argument(
-            f"--{option.name.replace('_', '-')}",
-            type=type(option.default),
-            default=option.default,
-            choices=option.metadata["choices"],
-            help=f"{option.metadata['help']} (%(default)s)",
-        )
+    add_setting_options(parser, HashSettings)
     parser.add_argument("--save-every", type=int, default=100, help="steps from one checkpoint to the next (100)")
     parser.add_argument("--device", default="auto", help="auto (the first accelerator, else the CPU), cpu, cuda, ...")
 
@@ -60,7 +53,7 @@ def run(args: argparse.Namespace) -> int:
     from flextok.training.hash_training import train_hash
 
     check_at_least(args, save_every=1, sequences=2, sampler_steps=1, context=4)
-    settings = HashSettings(**{option.name: getattr(args, option.name) for option in fields(HashSettings)})
+    settings = read_settings(args, HashSettings)
     if (args.model is None) == (args.checkpoint is None):
         raise ValueError("MODEL, --checkpoint: one of the two is needed, a language model or a tokenizer")
     observed = _from_text(args) if args.model else _from_images(args)

@@ -9,9 +9,9 @@ transformers. After an interruption the same command goes on. embedded:questions
 """
 
 import argparse
-from dataclasses import fields
 from pathlib import Path
 
+from flextok.cli.setting_options import add_setting_options, read_settings
 from flextok.embedded import embedded_file
 from flextok.training.language_settings import LanguageModelSettings
 
@@ -24,14 +24,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--valid", metavar="FILE", nargs="+", type=embedded_file, default=(), help="to measure perplexity on"
     )
-    for option in fields(LanguageModelSettings):
-        parser.add_argument(
-            f"--{option.name.replace('_', '-')}",
-            type=type(option.default),
-            default=option.default,
-            choices=option.metadata["choices"],
-            help=f"{option.metadata['help']} (%(default)s)",
-        )
+    add_setting_options(parser, LanguageModelSettings)
     parser.add_argument(
         "--save-every", type=int, default=100, help="steps from one checkpoint to the next (%(default)s)"
     )
@@ -44,9 +37,7 @@ def run(args: argparse.Namespace) -> int:
 
     if args.save_every < 1:
         raise ValueError(f"--save-every is {args.save_every}: it must be at least 1")
-    settings = LanguageModelSettings(
-        **{option.name: getattr(args, option.name) for option in fields(LanguageModelSettings)}
-    )
+    settings = read_settings(args, LanguageModelSettings)
     record = train_language_model(
         args.data,
         args.out,

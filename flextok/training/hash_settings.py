@@ -1,13 +1,10 @@
 """What hash projections are made of and how they are trained. Light: `--help` reads it."""
 
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass
+
+from flextok.training.setting_option import setting_option
 
 ACTIVATIONS = ("silu", "relu", "gelu", "tanh")
-
-
-def _option(default: Any, text: str, choices: tuple[str, ...] | None = None) -> Any:
-    return field(default=default, metadata={"help": text, "choices": choices})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -18,14 +15,14 @@ class HashSettings:
         ValueError: A value is out of range.
     """
 
-    mlp_layers: int = _option(2, "matrices of each perceptron")
-    hidden: int = _option(64, "width between them")
-    activation: str = _option("silu", "between them", ACTIVATIONS)
-    target: float = _option(0.1, "share of the keys that count as the right ones: those of the largest logits")
-    steps: int = _option(500, "steps of the optimizer")
-    batch_size: int = _option(4, "sequences in a step")
-    lr: float = _option(3e-3, "peak learning rate; falls as a cosine to 0")
-    seed: int = _option(0, "of the weights and of what a step sees")
+    mlp_layers: int = setting_option(2, "matrices of each perceptron")
+    hidden: int = setting_option(64, "width between them")
+    activation: str = setting_option("silu", "between them", ACTIVATIONS)
+    target: float = setting_option(0.1, "share of the keys that count as the right ones: those of the largest logits")
+    steps: int = setting_option(500, "steps of the optimizer")
+    batch_size: int = setting_option(4, "sequences in a step")
+    lr: float = setting_option(3e-3, "peak learning rate; falls as a cosine to 0")
+    seed: int = setting_option(0, "of the weights and of what a step sees")
 
     def __post_init__(self) -> None:
         for name in ("mlp_layers", "hidden", "steps", "batch_size"):

@@ -1,15 +1,12 @@
 """What a small language model is made of and how it is trained. Light: `--help` reads it."""
 
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass
+
+from flextok.training.setting_option import setting_option
 
 FAMILIES = ("llama", "qwen2", "mistral")
 PRECISIONS = ("fp32", "bf16")
 WEIGHTS = ("fp32", "fp16", "bf16")
-
-
-def _option(default: Any, text: str, choices: tuple[str, ...] | None = None) -> Any:
-    return field(default=default, metadata={"help": text, "choices": choices})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -20,22 +17,30 @@ class LanguageModelSettings:
         ValueError: A value is out of range, or the sizes do not fit together.
     """
 
-    family: str = _option("llama", "the kind of transformer", FAMILIES)
-    layers: int = _option(3, "transformer blocks")
-    width: int = _option(128, "of the residual stream")
-    heads: int = _option(4, "attention heads; width / heads is even, for rotary positions")
-    kv_heads: int = _option(2, "heads of keys and values, each for a group of heads")
-    vocab_size: int = _option(1024, "tokens of the byte-level BPE, at most; at least 259: the bytes, BOS, EOS and PAD")
-    context: int = _option(256, "tokens the model reads at most; longer texts are cut into pieces")
-    steps: int = _option(1000, "steps of the optimizer")
-    batch_size: int = _option(64, "examples in a step")
-    lr: float = _option(3e-3, "peak learning rate; warms up over the first 5 %% of steps, then falls as a cosine to 0")
-    weight_decay: float = _option(0.1, "of the matrices, as AdamW has it")
-    seed: int = _option(0, "of the weights and of the order of the examples")
-    precision: str = _option("fp32", "bf16 trains with autocast; slower on most CPUs", PRECISIONS)
-    weights: str = _option("fp32", "number format in the file; the model is loaded as fp32 anyway", WEIGHTS)
-    wordings: int = _option(1, "JSON lines: half of the steps show 2 to so many wordings of a question side by side")
-    word_dropout: float = _option(0.0, "JSON lines: share of the tokens left out of wordings that stand side by side")
+    family: str = setting_option("llama", "the kind of transformer", FAMILIES)
+    layers: int = setting_option(3, "transformer blocks")
+    width: int = setting_option(128, "of the residual stream")
+    heads: int = setting_option(4, "attention heads; width / heads is even, for rotary positions")
+    kv_heads: int = setting_option(2, "heads of keys and values, each for a group of heads")
+    vocab_size: int = setting_option(
+        1024, "tokens of the byte-level BPE, at most; at least 259: the bytes, BOS, EOS and PAD"
+    )
+    context: int = setting_option(256, "tokens the model reads at most; longer texts are cut into pieces")
+    steps: int = setting_option(1000, "steps of the optimizer")
+    batch_size: int = setting_option(64, "examples in a step")
+    lr: float = setting_option(
+        3e-3, "peak learning rate; warms up over the first 5 %% of steps, then falls as a cosine to 0"
+    )
+    weight_decay: float = setting_option(0.1, "of the matrices, as AdamW has it")
+    seed: int = setting_option(0, "of the weights and of the order of the examples")
+    precision: str = setting_option("fp32", "bf16 trains with autocast; slower on most CPUs", PRECISIONS)
+    weights: str = setting_option("fp32", "number format in the file; the model is loaded as fp32 anyway", WEIGHTS)
+    wordings: int = setting_option(
+        1, "JSON lines: half of the steps show 2 to so many wordings of a question side by side"
+    )
+    word_dropout: float = setting_option(
+        0.0, "JSON lines: share of the tokens left out of wordings that stand side by side"
+    )
 
     def __post_init__(self) -> None:
         for name in ("layers", "width", "heads", "kv_heads", "context", "steps", "batch_size", "wordings"):
