@@ -133,7 +133,7 @@ def decode_speed(
     for _ in range(repeats):
         logits: list[Tensor] = []
         for name, mine in (("dense", None), ("sparse", specs)):
-            cache = deepcopy(filled)
+            cache = deepcopy(filled)  # Steps grow it, and both have to begin with the same keys.
             with attention_of(model, mine):
                 first = _timed_steps(model, text[:, :1], cache, 1, logits)
                 times[name].append(_timed_steps(model, text[:, 1:], cache, steps, logits) / steps)

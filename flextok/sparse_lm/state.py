@@ -36,9 +36,9 @@ class Sequence:
 
     def copy(self) -> "Sequence":
         """Another one that goes on from here."""
-        other = deepcopy(self.meta_data)
         result = Sequence(0, self.generator.device, self.padding)
-        result.meta_data = other
+        # Deep: a masker of somebody else may write into what it keeps.
+        result.meta_data = deepcopy(self.meta_data)
         result.generator.set_state(self.generator.get_state())
         return result
 

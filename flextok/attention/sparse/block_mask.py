@@ -113,6 +113,7 @@ def _range_mask(found: KeyRange, offset: int) -> MaskMod:
     return lambda b, h, q_idx, kv_idx: (kv_idx >= start + q_idx * start_step) & (kv_idx < stop + q_idx * stop_step)
 
 
+# All layers of all passes over rows of one length share it; bounded, for lengths may be many.
 @lru_cache(maxsize=64)
 def _cached_block_mask(
     ranges: tuple[KeyRange, ...], num_queries: int, num_keys: int, device: torch.device, block_size: int
